@@ -1,0 +1,265 @@
+//! Taking over what the kernel holds: at start, and when it differs from what we believed.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::IpAddr;
+
+use super::applied::{
+    Applied, add_balancer, add_element, add_firewall, add_rule, delete_element, delete_firewall, tag,
+};
+use crate::model::{Backend, Family};
+use crate::netlink::{Batch, ChainDump, Data, ElementDump, RuleDump, TableDump, TableFlags, Verdict};
+use crate::plan::Pool;
+use crate::ruleset::{
+    BASE_CHAINS, Balancer, Contribution, Element, ElementKey, FirewallChain, KeyBytes,
+    RuleSpec, SetName, Subject, Value, base_rules, endpoint_key, hairpin_element,
+    layout_comment,
+};
+
+/// What the kernel holds, in our terms.
+#[derive(Debug, Default)]
+pub(super) struct Found {
+    elements: HashMap<ElementKey, (Option<Data>, Option<String>)>,
+    /// Chains of the table by name.
+    chains: BTreeMap<String, ChainDump>,
+    /// Sets of allowed sources, by name.
+    allow_sets: BTreeSet<String>,
+    flags: TableFlags,
+}
+
+impl Found {
+    /// Understands a listing. `None` if the table is another version's or somebody has changed
+    /// more than elements: then it must be laid out anew.
+    pub fn new(dump: TableDump) -> Option<Found> {
+        if dump.comment.as_deref() != Some(&layout_comment()) || !base_chains_are_ours(&dump) {
+            return None;
+        }
+        let mut found = Found { flags: dump.flags, ..Found::default() };
+        let fixed: HashMap<String, SetName> =
+            SetName::fixed().into_iter().map(|set| (set.name().into_owned(), set)).collect();
+        if !fixed.keys().all(|name| dump.sets.contains_key(name)) {
+            return None;
+        }
+        for (name, set) in dump.sets {
+            let id = match fixed.get(&name) {
+                Some(id) => id.clone(),
+                None => allow_set(&name)?,
+            };
+            if let SetName::Allow(..) = id {
+                found.allow_sets.insert(name);
+            }
+            for element in set.elements {
+                let ElementDump { key, end, data, comment, .. } = element;
+                let end = match end {
+                    Some(end) => Some(KeyBytes::new(&end)?),
+                    None => None,
+                };
+                let key = ElementKey { set: id.clone(), bytes: KeyBytes::new(&key)?, end };
+                found.elements.insert(key, (data, comment));
+            }
+        }
+        found.chains = dump.chains;
+        found.chains.retain(|name, _| BASE_CHAINS.iter().all(|chain| chain.name != name));
+        found.only_ours().then_some(found)
+    }
+
+    /// Whether every chain is one that we would make, with the rules that we would give it, and
+    /// every firewall is complete.
+    fn only_ours(&self) -> bool {
+        let mut sets = self.allow_sets.clone();
+        for (name, chain) in &self.chains {
+            if let Some(balancer) = balancer(name) {
+                if !same_rules(chain, &[balancer.rule()]) {
+                    return false;
+                }
+            } else if let Some(firewall) = firewall(name) {
+                let complete = firewall.sets().iter().all(|set| sets.remove(&*set.name()));
+                if !complete || !same_rules(chain, &firewall.rules()) {
+                    return false;
+                }
+            } else {
+                return false;
+            }
+        }
+        sets.is_empty()
+    }
+
+    /// The backends of `pool` in the order of their slots, as one of its frontends has them.
+    pub fn slots_of(&self, pool: &Pool) -> Option<Vec<Backend>> {
+        let frontend = pool.frontends.first()?;
+        let slots: Vec<Backend> = (0..)
+            .map_while(|slot| match self.elements.get(&endpoint_key(pool, frontend, slot))? {
+                (Some(Data::Value(value)), _) => backend(pool.family, value),
+                _ => None,
+            })
+            .collect();
+        (!slots.is_empty()).then_some(slots)
+    }
+
+    /// Writes into `batch` what makes the kernel hold exactly these contributions.
+    pub fn stage(mut self, contributions: &[(Subject, Option<Contribution>)], batch: &mut Batch) {
+        let mut hairpins: BTreeSet<IpAddr> = BTreeSet::new();
+        for (index, (_, contribution)) in contributions.iter().enumerate() {
+            let Some(contribution) = contribution else { continue };
+            batch.set_tag(tag(index));
+            if let Some(firewall) = contribution.firewall()
+                && self.chains.remove(&firewall.name()).is_none()
+            {
+                add_firewall(batch, &firewall);
+            }
+            contribution.elements(|element| self.element(&element, batch));
+            hairpins.extend(contribution.hairpins());
+        }
+        let needed: BTreeMap<Balancer, usize> = contributions
+            .iter()
+            .enumerate()
+            .flat_map(|(index, (_, c))| {
+                c.iter().flat_map(Contribution::balancers).map(move |b| (b, index))
+            })
+            .collect();
+        for (balancer, index) in &needed {
+            batch.set_tag(tag(*index));
+            if self.chains.remove(&balancer.name()).is_none() {
+                add_balancer(batch, balancer);
+            }
+        }
+        for address in hairpins {
+            self.element(&hairpin_element(address), batch);
+        }
+        self.delete_the_rest(batch);
+    }
+
+    /// Takes an element off what was found, or writes it.
+    fn element(&mut self, element: &Element, batch: &mut Batch) {
+        match self.elements.remove(&element.key) {
+            Some((data, comment)) => {
+                if !same_data(&element.value, data.as_ref())
+                    || element.comment.as_deref().map(crate::netlink::shorten_comment)
+                        != comment.as_deref()
+                {
+                    delete_element(batch, &element.key);
+                    add_element(batch, element);
+                }
+            }
+            None => add_element(batch, element),
+        }
+    }
+
+    fn delete_the_rest(self, batch: &mut Batch) {
+        let mut going = BTreeSet::new();
+        for name in self.chains.keys() {
+            match firewall(name) {
+                Some(firewall) => {
+                    delete_firewall(batch, &firewall);
+                    going.extend(firewall.sets());
+                }
+                None => batch.delete_chain(name),
+            }
+        }
+        for key in self.elements.keys().filter(|key| !going.contains(&key.set)) {
+            delete_element(batch, key);
+        }
+    }
+
+    /// The flags of the table.
+    pub fn flags(&self) -> TableFlags {
+        self.flags
+    }
+}
+
+/// Writes the table into `batch` as if there were none; `found` says whether there is one to be
+/// deleted in the same transaction.
+pub(super) fn lay_out(
+    found: bool,
+    flags: TableFlags,
+    contributions: Vec<(Subject, Option<Contribution>)>,
+    batch: &mut Batch,
+) {
+    if found {
+        batch.delete_table();
+    }
+    batch.add_table(flags, Some(&layout_comment()));
+    for chain in BASE_CHAINS {
+        batch.add_chain(&crate::netlink::Chain {
+            name: chain.name,
+            hooked: chain.hooked,
+            comment: Some(chain.comment),
+        });
+    }
+    for set in SetName::fixed() {
+        batch.add_set(&set.spec().netlink(&set.name()));
+    }
+    for (chain, rule) in base_rules() {
+        add_rule(batch, chain, &rule);
+    }
+    Applied::default().stage(contributions, batch);
+}
+
+fn base_chains_are_ours(dump: &TableDump) -> bool {
+    let rules = base_rules();
+    BASE_CHAINS.iter().all(|chain| {
+        let own = rules.iter().filter(|(name, _)| *name == chain.name);
+        let own: Vec<RuleSpec> = own.map(|(_, rule)| rule.clone()).collect();
+        dump.chains.get(chain.name).is_some_and(|found| same_rules(found, &own))
+    })
+}
+
+/// Whether a chain's rules are these, as far as the kernel tells without being understood: their
+/// number, their comments and the names of their expressions.
+fn same_rules(found: &ChainDump, expected: &[RuleSpec]) -> bool {
+    let same = |(found, expected): (&RuleDump, &RuleSpec)| {
+        found.comment.as_deref() == expected.comment
+            && found.expressions.iter().eq(expected.expressions.iter().map(|e| e.name()))
+    };
+    found.rules.len() == expected.len() && found.rules.iter().zip(expected).all(same)
+}
+
+fn same_data(value: &Value, data: Option<&Data>) -> bool {
+    match (value, data) {
+        (Value::None, None) => true,
+        (Value::Endpoint(bytes), Some(Data::Value(found))) => bytes.as_slice() == found,
+        (Value::Goto(chain), Some(Data::Verdict(Verdict::Goto(found)))) => chain.name() == *found,
+        _ => false,
+    }
+}
+
+/// The balancing chain with this name.
+fn balancer(name: &str) -> Option<Balancer> {
+    use crate::ruleset::FrontendKind::{NodePort, ServiceIp};
+    let (head, endpoints) = name.split_once("-over-")?;
+    let endpoints = endpoints.parse().ok().filter(|endpoints| *endpoints > 0)?;
+    let (kind, family) = match head {
+        "service4" => (ServiceIp, Family::V4),
+        "service6" => (ServiceIp, Family::V6),
+        "nodeport4" => (NodePort, Family::V4),
+        "nodeport6" => (NodePort, Family::V6),
+        _ => return None,
+    };
+    let balancer = Balancer { kind, family, endpoints };
+    (balancer.name() == name).then_some(balancer)
+}
+
+/// The firewall chain with this name.
+fn firewall(name: &str) -> Option<FirewallChain> {
+    Some(FirewallChain { service: service(name.strip_prefix("fw-")?)? })
+}
+
+/// The set of allowed sources with this name.
+fn allow_set(name: &str) -> Option<SetName> {
+    let rest = name.strip_prefix("allow")?;
+    let family = Family::ALL.into_iter().find(|family| rest.starts_with(family.digit()))?;
+    Some(SetName::Allow(family, service(rest[1..].strip_prefix('-')?)?))
+}
+
+fn service(name: &str) -> Option<crate::model::ServiceName> {
+    let (namespace, name) = name.split_once('/')?;
+    Some(crate::model::ServiceName::new(namespace, name))
+}
+
+fn backend(family: Family, value: &[u8]) -> Option<Backend> {
+    let (address, port): (IpAddr, &[u8]) = match family {
+        Family::V4 => ((*value.first_chunk::<4>()?).into(), value.get(4..6)?),
+        Family::V6 => ((*value.first_chunk::<16>()?).into(), value.get(16..18)?),
+    };
+    Some(Backend { address, port: u16::from_be_bytes(port.try_into().ok()?) })
+}
+

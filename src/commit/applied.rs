@@ -1,0 +1,253 @@
+//! The state last applied, and the transaction that leads from it to the next.
+
+use std::collections::HashMap;
+use std::hash::Hash;
+use std::net::IpAddr;
+
+use crate::netlink::{self, Batch, Tag};
+use crate::ruleset::{
+    Balancer, Contribution, Element, ElementKey, FirewallChain, Subject, Value, hairpin_element,
+};
+
+/// What every subject has in the kernel, as of the last transaction that succeeded. Stale when
+/// somebody else changes the table; then the kernel is listed and adopted again.
+#[derive(Debug, Default)]
+pub struct Applied {
+    contributions: HashMap<Subject, Contribution>,
+    /// How many contributions need the hairpin element of an address.
+    hairpins: HashMap<IpAddr, usize>,
+    /// How many contributions need a balancing chain.
+    balancers: HashMap<Balancer, usize>,
+}
+
+/// A step to the next state: nothing of it is true until its transaction has succeeded.
+#[derive(Debug)]
+pub(super) struct Step {
+    changes: Vec<(Subject, Option<Contribution>)>,
+    hairpins: HashMap<IpAddr, isize>,
+    balancers: HashMap<Balancer, isize>,
+}
+
+impl Applied {
+    /// What `subject` has in the kernel.
+    pub fn contribution(&self, subject: &Subject) -> Option<&Contribution> {
+        self.contributions.get(subject)
+    }
+
+    /// All subjects that have something in the kernel.
+    pub fn subjects(&self) -> impl Iterator<Item = &Subject> {
+        self.contributions.keys()
+    }
+
+    /// Everything that subjects have in the kernel.
+    pub fn contributions(&self) -> impl Iterator<Item = &Contribution> {
+        self.contributions.values()
+    }
+
+    /// Writes into `batch` what leads from this state to one where the subjects of `changes` have
+    /// these contributions. The tag of everything written is the index of its subject in `changes`.
+    pub(super) fn stage(
+        &self,
+        changes: Vec<(Subject, Option<Contribution>)>,
+        batch: &mut Batch,
+    ) -> Step {
+        let mut hairpins: HashMap<IpAddr, (isize, Tag)> = HashMap::new();
+        let mut balancers: HashMap<Balancer, (isize, Tag)> = HashMap::new();
+        for (index, (subject, next)) in changes.iter().enumerate() {
+            let tag = tag(index);
+            let (old, next) = (self.contributions.get(subject), next.as_ref());
+            if old == next {
+                continue;
+            }
+            batch.set_tag(tag);
+            firewall(old, next, batch);
+            elements(old, next, batch);
+            count(&mut hairpins, old.map(Contribution::hairpins), -1, tag);
+            count(&mut hairpins, next.map(Contribution::hairpins), 1, tag);
+            count(&mut balancers, old.map(Contribution::balancers), -1, tag);
+            count(&mut balancers, next.map(Contribution::balancers), 1, tag);
+        }
+        for (balancer, (delta, tag)) in &balancers {
+            batch.set_tag(*tag);
+            match turn(self.balancers.get(balancer), *delta) {
+                Turn::Comes => add_balancer(batch, balancer),
+                Turn::Goes => batch.delete_chain(&balancer.name()),
+                Turn::Stays => {}
+            }
+        }
+        for (address, (delta, tag)) in &hairpins {
+            batch.set_tag(*tag);
+            match turn(self.hairpins.get(address), *delta) {
+                Turn::Comes => add_element(batch, &hairpin_element(*address)),
+                Turn::Goes => delete_element(batch, &hairpin_element(*address).key),
+                Turn::Stays => {}
+            }
+        }
+        let deltas = |(key, (delta, _))| (key, delta);
+        Step {
+            changes,
+            hairpins: hairpins.into_iter().map(deltas).collect(),
+            balancers: balancers.into_iter().map(|(key, (delta, _))| (key, delta)).collect(),
+        }
+    }
+
+    /// Makes a step true, after its transaction has succeeded.
+    pub(super) fn install(&mut self, step: Step) {
+        for (subject, next) in step.changes {
+            match next {
+                Some(next) => self.contributions.insert(subject, next),
+                None => self.contributions.remove(&subject),
+            };
+        }
+        settle(&mut self.hairpins, step.hairpins);
+        settle(&mut self.balancers, step.balancers);
+    }
+}
+
+/// The tag of the subject at `index`.
+pub(super) fn tag(index: usize) -> Tag {
+    Tag::try_from(index).expect("fewer than 2^32 subjects")
+}
+
+pub(super) fn add_balancer(batch: &mut Batch, balancer: &Balancer) {
+    let name = balancer.name();
+    batch.add_chain(&netlink::Chain { name: &name, hooked: None, comment: None });
+    add_rule(batch, &name, &balancer.rule());
+}
+
+pub(super) fn add_firewall(batch: &mut Batch, firewall: &FirewallChain) {
+    let name = firewall.name();
+    batch.add_chain(&netlink::Chain { name: &name, hooked: None, comment: None });
+    for set in firewall.sets() {
+        batch.add_set(&set.spec().netlink(&set.name()));
+    }
+    for rule in firewall.rules() {
+        add_rule(batch, &name, &rule);
+    }
+}
+
+pub(super) fn delete_firewall(batch: &mut Batch, firewall: &FirewallChain) {
+    batch.delete_chain(&firewall.name());
+    for set in firewall.sets() {
+        batch.delete_set(&set.name());
+    }
+}
+
+pub(super) fn add_rule(batch: &mut Batch, chain: &str, rule: &crate::ruleset::RuleSpec) {
+    batch.add_rule(&netlink::Rule { chain, expressions: &rule.expressions, comment: rule.comment });
+}
+
+pub(super) fn add_element(batch: &mut Batch, element: &Element) {
+    let goto;
+    let data = match &element.value {
+        Value::None => None,
+        Value::Endpoint(bytes) => Some(netlink::ElementData::Value(bytes.as_slice())),
+        Value::Goto(chain) => {
+            goto = chain.name();
+            Some(netlink::ElementData::Goto(&goto))
+        }
+    };
+    let description = netlink::Element {
+        end: element.key.end.as_ref().map(crate::ruleset::KeyBytes::as_slice),
+        data,
+        comment: element.comment.as_deref(),
+        ..netlink::Element::key(element.key.bytes.as_slice())
+    };
+    batch.add_element(&element.key.set.name(), &description);
+}
+
+pub(super) fn delete_element(batch: &mut Batch, key: &ElementKey) {
+    let description = netlink::Element {
+        end: key.end.as_ref().map(crate::ruleset::KeyBytes::as_slice),
+        ..netlink::Element::key(key.bytes.as_slice())
+    };
+    batch.delete_element(&key.set.name(), &description);
+}
+
+fn firewall(old: Option<&Contribution>, next: Option<&Contribution>, batch: &mut Batch) {
+    match (old.and_then(Contribution::firewall), next.and_then(Contribution::firewall)) {
+        (None, Some(firewall)) => add_firewall(batch, &firewall),
+        (Some(firewall), None) => delete_firewall(batch, &firewall),
+        // The chain is the same for every Service with a firewall.
+        (None, None) | (Some(_), Some(_)) => {}
+    }
+}
+
+fn elements(old: Option<&Contribution>, next: Option<&Contribution>, batch: &mut Batch) {
+    match (old, next) {
+        (None, None) => {}
+        (None, Some(next)) => next.elements(|element| add_element(batch, &element)),
+        (Some(old), None) => {
+            // A set that goes takes its elements along.
+            let goes = old.firewall().map(|firewall| firewall.sets());
+            old.elements(|element| {
+                if goes.as_ref().is_none_or(|sets| !sets.contains(&element.key.set)) {
+                    delete_element(batch, &element.key);
+                }
+            });
+        }
+        (Some(old), Some(next)) => {
+            let goes = match next.firewall() {
+                None => old.firewall().map(|firewall| firewall.sets()),
+                Some(_) => None,
+            };
+            let mut before: HashMap<ElementKey, Element> = HashMap::new();
+            old.elements(|element| {
+                if goes.as_ref().is_none_or(|sets| !sets.contains(&element.key.set)) {
+                    before.insert(element.key.clone(), element);
+                }
+            });
+            next.elements(|element| match before.remove(&element.key) {
+                Some(same) if same == element => {}
+                Some(_) => {
+                    delete_element(batch, &element.key);
+                    add_element(batch, &element);
+                }
+                None => add_element(batch, &element),
+            });
+            before.keys().for_each(|key| delete_element(batch, key));
+        }
+    }
+}
+
+fn count<K: Eq + Hash>(
+    deltas: &mut HashMap<K, (isize, Tag)>,
+    keys: Option<impl IntoIterator<Item = K>>,
+    by: isize,
+    tag: Tag,
+) {
+    for key in keys.into_iter().flatten() {
+        let entry = deltas.entry(key).or_insert((0, tag));
+        entry.0 += by;
+        if by > 0 {
+            // A refusal of something new is the fault of somebody who wants it.
+            entry.1 = tag;
+        }
+    }
+}
+
+enum Turn {
+    Comes,
+    Goes,
+    Stays,
+}
+
+fn turn(before: Option<&usize>, delta: isize) -> Turn {
+    let before = before.copied().unwrap_or_default();
+    match (before > 0, before.saturating_add_signed(delta) > 0) {
+        (false, true) => Turn::Comes,
+        (true, false) => Turn::Goes,
+        _ => Turn::Stays,
+    }
+}
+
+fn settle<K: Eq + Hash>(counts: &mut HashMap<K, usize>, deltas: HashMap<K, isize>) {
+    for (key, delta) in deltas {
+        let after = counts.get(&key).copied().unwrap_or_default().saturating_add_signed(delta);
+        if after > 0 {
+            counts.insert(key, after);
+        } else {
+            counts.remove(&key);
+        }
+    }
+}

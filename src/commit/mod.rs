@@ -1,0 +1,194 @@
+//! Group commit: plans in, one kernel transaction out for all that are waiting.
+//!
+//! A [`Committer`] is a thread of its own that owns the netlink socket, the plans of all Services
+//! and the state last applied. It takes everything that is queued, commits the difference as one
+//! transaction and tells every waiter its result; no clock decides what belongs together. When the
+//! kernel refuses a transaction, the subject at fault is left out - its waiter gets the error, and
+//! what the kernel holds of it stays - and the others go on.
+
+mod adopt;
+mod applied;
+mod revoke;
+mod worker;
+
+use std::sync::Arc;
+use std::sync::mpsc;
+use std::thread::JoinHandle;
+
+use thiserror::Error;
+use tokio::sync::oneshot;
+
+use crate::model::{Diagnostic, NodeContext, ServiceName};
+use crate::netlink;
+use crate::plan::ServicePlan;
+use crate::ruleset::Subject;
+
+pub use applied::Applied;
+pub use worker::Worker;
+
+/// A change that waits to be committed.
+#[derive(Debug)]
+pub enum Change {
+    /// A Service's new plan, or `None` when the Service is gone.
+    Service(ServiceName, Option<ServicePlan>),
+    /// The node's new addresses.
+    Node(NodeContext),
+}
+
+impl Change {
+    /// What changes.
+    pub fn subject(&self) -> Subject {
+        match self {
+            Change::Service(service, _) => Subject::Service(service.clone()),
+            Change::Node(_) => Subject::Node,
+        }
+    }
+}
+
+/// What became of one subject.
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// The subject.
+    pub subject: Subject,
+    /// Why the kernel refused it; `None` if it is in force.
+    pub refused: Option<CommitError>,
+    /// What is wrong with it, apart from that.
+    pub diagnostics: Vec<Diagnostic>,
+}
+
+/// What the first commit did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Adoption {
+    /// Whether a table of ours was there before.
+    pub found: bool,
+    /// Whether the table was laid out anew, because there was none or another version's.
+    pub replaced: bool,
+    /// Elements, chains, rules and sets written or deleted.
+    pub operations: usize,
+}
+
+/// Why a change is not in force.
+#[derive(Clone, Debug, Error)]
+pub enum CommitError {
+    /// The kernel refused it; trying again later may help.
+    #[error("{0}")]
+    Kernel(#[source] Arc<netlink::Error>),
+    /// The committer has ended.
+    #[error("the committer has ended")]
+    Ended,
+}
+
+/// A handle on the committing thread. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Committer {
+    requests: mpsc::Sender<Request>,
+}
+
+/// What the thread is asked to do.
+#[derive(Debug)]
+enum Request {
+    Adopt(NodeContext, Vec<ServicePlan>, oneshot::Sender<Result<Adoption, CommitError>>),
+    Change(Change, oneshot::Sender<Result<(), CommitError>>),
+    RetryRefused,
+    Flush(oneshot::Sender<()>),
+}
+
+impl Committer {
+    /// Starts the thread on `worker`. It ends when the last handle is dropped.
+    pub fn start(worker: Worker) -> (Committer, JoinHandle<()>) {
+        let (requests, queue) = mpsc::channel();
+        let thread = std::thread::Builder::new().name("committer".to_owned());
+        let thread = thread.spawn(move || run(worker, &queue)).expect("a thread can be started");
+        (Committer { requests }, thread)
+    }
+
+    /// The first commit: makes the kernel hold exactly what these plans ask for, whatever it holds
+    /// now. Nothing is written that is there already.
+    ///
+    /// # Errors
+    /// When the table cannot be read or laid out. A single Service that is refused is reported and
+    /// left out.
+    pub async fn adopt(
+        &self,
+        node: NodeContext,
+        plans: Vec<ServicePlan>,
+    ) -> Result<Adoption, CommitError> {
+        self.ask(|reply| Request::Adopt(node, plans, reply)).await?
+    }
+
+    /// Hands over a change and waits until it is committed, together with all others that wait.
+    ///
+    /// # Errors
+    /// When the kernel refuses this subject, and what it holds of it is still the old state.
+    pub async fn commit(&self, change: Change) -> Result<(), CommitError> {
+        self.ask(|reply| Request::Change(change, reply)).await?
+    }
+
+    /// Tries once more what the kernel refused before.
+    pub fn retry_refused(&self) {
+        // A thread that has ended has nothing to retry.
+        let _ = self.requests.send(Request::RetryRefused);
+    }
+
+    /// Waits until everything that was handed over is done, revoked flows included.
+    pub async fn flush(&self) {
+        let _ = self.ask(Request::Flush).await;
+    }
+
+    async fn ask<T>(
+        &self,
+        request: impl FnOnce(oneshot::Sender<T>) -> Request,
+    ) -> Result<T, CommitError> {
+        let (reply, answer) = oneshot::channel();
+        self.requests.send(request(reply)).map_err(|_| CommitError::Ended)?;
+        answer.await.map_err(|_| CommitError::Ended)
+    }
+}
+
+fn run(mut worker: Worker, queue: &mpsc::Receiver<Request>) {
+    while let Ok(first) = queue.recv() {
+        let mut waiting = Vec::new();
+        let mut changes = Vec::new();
+        for request in std::iter::once(first).chain(queue.try_iter()) {
+            match request {
+                Request::Change(change, reply) => {
+                    waiting.push((change.subject(), reply));
+                    changes.push(change);
+                }
+                other => {
+                    commit(&mut worker, &mut changes, &mut waiting);
+                    serve(&mut worker, other);
+                }
+            }
+        }
+        commit(&mut worker, &mut changes, &mut waiting);
+    }
+}
+
+type Waiting = Vec<(Subject, oneshot::Sender<Result<(), CommitError>>)>;
+
+fn commit(worker: &mut Worker, changes: &mut Vec<Change>, waiting: &mut Waiting) {
+    if changes.is_empty() {
+        return;
+    }
+    let refused = worker.commit(std::mem::take(changes));
+    for (subject, reply) in waiting.drain(..) {
+        let result = refused.get(&subject).map_or(Ok(()), |error| Err(error.clone()));
+        // Nobody needs to wait for the answer.
+        let _ = reply.send(result);
+    }
+}
+
+fn serve(worker: &mut Worker, request: Request) {
+    match request {
+        Request::Adopt(node, plans, reply) => {
+            let _ = reply.send(worker.adopt(node, plans));
+        }
+        Request::RetryRefused => worker.retry_refused(),
+        Request::Flush(reply) => {
+            worker.finish_revocations();
+            let _ = reply.send(());
+        }
+        Request::Change(..) => unreachable!("changes are collected"),
+    }
+}

@@ -1,0 +1,6 @@
+//! Portcullis: a Kubernetes Service proxy for nftables with a firewall on every NodePort.
+
+pub mod model;
+pub mod netlink;
+pub mod plan;
+pub mod ruleset;

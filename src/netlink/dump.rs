@@ -1,0 +1,298 @@
+//! Listing a table: all that the kernel holds of it, as far as a writer can compare it.
+
+use std::collections::BTreeMap;
+use std::io;
+
+use super::attribute::{find, iter, put_str, string, u32_of, u64_of};
+use super::batch::{
+    HEADERS, NFT_MSG_NEWCHAIN, NFT_MSG_NEWRULE, NFT_MSG_NEWSET, NFT_MSG_NEWSETELEM,
+    NFT_MSG_NEWTABLE, SUBSYSTEM, begin_message, end_message,
+};
+use super::error::Error;
+use super::expression::{Data, LIST_ELEM};
+use super::object::TableFlags;
+use super::socket::{ListError, Socket};
+
+// enum nf_tables_msg_types
+const NFT_MSG_GETTABLE: u16 = 1;
+const NFT_MSG_GETCHAIN: u16 = 4;
+const NFT_MSG_GETRULE: u16 = 7;
+const NFT_MSG_GETSET: u16 = 10;
+const NFT_MSG_GETSETELEM: u16 = 13;
+/// `NLM_F_ROOT | NLM_F_MATCH`.
+const NLM_F_DUMP: u16 = 0x300;
+/// `struct nfgenmsg`.
+const NFGENMSG: usize = 4;
+/// How often a listing is begun anew because the ruleset changed under it.
+const ATTEMPTS: usize = 20;
+
+/// A table with everything in it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TableDump {
+    /// The table's flags.
+    pub flags: TableFlags,
+    /// The table's comment.
+    pub comment: Option<String>,
+    /// Its chains by name.
+    pub chains: BTreeMap<String, ChainDump>,
+    /// Its sets and maps by name.
+    pub sets: BTreeMap<String, SetDump>,
+}
+
+/// A chain.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ChainDump {
+    /// Its comment.
+    pub comment: Option<String>,
+    /// Its rules, in their order.
+    pub rules: Vec<RuleDump>,
+}
+
+/// A rule.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RuleDump {
+    /// Its comment.
+    pub comment: Option<String>,
+    /// The names of its expressions.
+    pub expressions: Vec<String>,
+}
+
+/// A set or a map.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SetDump {
+    /// `enum nft_set_flags`.
+    pub flags: u32,
+    /// nft's type of the key.
+    pub key_type: u32,
+    /// nft's type of the data; 0 for a set.
+    pub data_type: u32,
+    /// Its comment.
+    pub comment: Option<String>,
+    /// Its elements; intervals as one element with both ends. In no particular order.
+    pub elements: Vec<ElementDump>,
+}
+
+/// An element.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ElementDump {
+    /// The key; the first address of an interval.
+    pub key: Vec<u8>,
+    /// The first key behind the interval.
+    pub end: Option<Vec<u8>>,
+    /// What a map's element leads to.
+    pub data: Option<Data>,
+    /// The comment.
+    pub comment: Option<String>,
+    /// Milliseconds that it lives in all, and that are left.
+    pub timeout: Option<(u64, u64)>,
+    /// Packets and bytes counted.
+    pub counter: Option<(u64, u64)>,
+}
+
+impl Socket {
+    /// Lists the `inet` table `table`; `None` where there is none. Starts over when the ruleset
+    /// changes meanwhile, a bounded number of times.
+    ///
+    /// # Errors
+    /// [`Error::List`] with the kernel's reason (`EPERM` without the right to list, `EOPNOTSUPP` or `EINVAL`
+    /// without nf_tables), [`Error::Interrupted`] if the ruleset never stood still.
+    pub fn dump_table(&mut self, table: &str) -> Result<Option<TableDump>, Error> {
+        for _ in 0..ATTEMPTS {
+            match self.try_dump_table(table) {
+                Ok(dump) => return Ok(dump),
+                Err((_, ListError::Interrupted)) => {}
+                Err((_, ListError::Failed(error))) => return Err(error),
+                Err((what, ListError::Refused(source))) => {
+                    return Err(Error::List { what, source });
+                }
+            }
+        }
+        Err(Error::Interrupted)
+    }
+
+    fn try_dump_table(
+        &mut self,
+        table: &str,
+    ) -> Result<Option<TableDump>, (&'static str, ListError)> {
+        let mut dump = None;
+        let request = request(NFT_MSG_GETTABLE, 0, |out| put_str(out, 1, table));
+        match self.list_kind(request, NFT_MSG_NEWTABLE, |attributes| {
+            dump = Some(TableDump {
+                flags: TableFlags(number(attributes, 2)),
+                comment: comment(attributes, 6, 0),
+                ..TableDump::default()
+            });
+        }) {
+            Ok(()) => {}
+            Err(ListError::Refused(error)) if error.kind() == io::ErrorKind::NotFound => {
+                return Ok(None);
+            }
+            Err(error) => return Err(("nf_tables tables", error)),
+        }
+        let Some(mut dump) = dump else { return Ok(None) };
+        self.dump_chains(table, &mut dump).map_err(|e| ("nf_tables chains", e))?;
+        self.dump_rules(table, &mut dump).map_err(|e| ("nf_tables rules", e))?;
+        self.dump_sets(table, &mut dump).map_err(|e| ("nf_tables sets", e))?;
+        for (name, set) in &mut dump.sets {
+            self.dump_elements(table, name, set).map_err(|e| ("nf_tables set elements", e))?;
+        }
+        Ok(Some(dump))
+    }
+
+    fn dump_chains(&mut self, table: &str, dump: &mut TableDump) -> Result<(), ListError> {
+        let request = request(NFT_MSG_GETCHAIN, NLM_F_DUMP, |_| {});
+        self.list_kind(request, NFT_MSG_NEWCHAIN, |attributes| {
+            // NFTA_CHAIN_TABLE, NFTA_CHAIN_NAME, NFTA_CHAIN_USERDATA
+            if text(attributes, 1) == table {
+                let chain = ChainDump { comment: comment(attributes, 12, 0), rules: Vec::new() };
+                dump.chains.insert(text(attributes, 3), chain);
+            }
+        })
+    }
+
+    fn dump_rules(&mut self, table: &str, dump: &mut TableDump) -> Result<(), ListError> {
+        let request = request(NFT_MSG_GETRULE, NLM_F_DUMP, |out| put_str(out, 1, table));
+        self.list_kind(request, NFT_MSG_NEWRULE, |attributes| {
+            // NFTA_RULE_CHAIN, NFTA_RULE_EXPRESSIONS, NFTA_RULE_USERDATA
+            let Some(chain) = dump.chains.get_mut(&text(attributes, 2)) else { return };
+            let expressions = find(attributes, 4).unwrap_or_default();
+            chain.rules.push(RuleDump {
+                comment: comment(attributes, 7, 0),
+                expressions: iter(expressions).map(|(_, expression)| text(expression, 1)).collect(),
+            });
+        })
+    }
+
+    fn dump_sets(&mut self, table: &str, dump: &mut TableDump) -> Result<(), ListError> {
+        let request = request(NFT_MSG_GETSET, NLM_F_DUMP, |out| put_str(out, 1, table));
+        self.list_kind(request, NFT_MSG_NEWSET, |attributes| {
+            let set = SetDump {
+                flags: number(attributes, 3),        // NFTA_SET_FLAGS
+                key_type: number(attributes, 4),     // NFTA_SET_KEY_TYPE
+                data_type: number(attributes, 6),    // NFTA_SET_DATA_TYPE
+                comment: comment(attributes, 13, 7), // NFTA_SET_USERDATA, NFTNL_UDATA_SET_COMMENT
+                elements: Vec::new(),
+            };
+            dump.sets.insert(text(attributes, 2), set);
+        })
+    }
+
+    fn dump_elements(
+        &mut self,
+        table: &str,
+        name: &str,
+        set: &mut SetDump,
+    ) -> Result<(), ListError> {
+        let interval = set.flags & 0x4 != 0; // NFT_SET_INTERVAL
+        let mut ends = Vec::new();
+        let request = request(NFT_MSG_GETSETELEM, NLM_F_DUMP, |out| {
+            put_str(out, 1, table); // NFTA_SET_ELEM_LIST_TABLE
+            put_str(out, 2, name); // NFTA_SET_ELEM_LIST_SET
+        });
+        self.list_kind(request, NFT_MSG_NEWSETELEM, |attributes| {
+            let list = find(attributes, 3).unwrap_or_default(); // NFTA_SET_ELEM_LIST_ELEMENTS
+            for (_, attributes) in iter(list).filter(|(kind, _)| *kind == LIST_ELEM) {
+                let element = element(attributes);
+                // NFTA_SET_ELEM_FLAGS: NFT_SET_ELEM_INTERVAL_END
+                if interval && number(attributes, 3) & 1 != 0 {
+                    ends.push(element.key);
+                } else {
+                    set.elements.push(element);
+                }
+            }
+        })?;
+        if interval {
+            join_intervals(&mut set.elements, ends);
+        }
+        Ok(())
+    }
+
+    /// Lists the answers of one kind, by their attributes.
+    fn list_kind(
+        &mut self,
+        request: Vec<u8>,
+        wanted: u16,
+        mut each: impl FnMut(&[u8]),
+    ) -> Result<(), ListError> {
+        self.list(request, |kind, payload| {
+            if kind == SUBSYSTEM << 8 | wanted {
+                each(payload.get(NFGENMSG..).unwrap_or_default());
+            }
+        })
+    }
+}
+
+/// Gives every interval its end. The kernel lists both halves as elements of their own; an
+/// interval ends at the next end behind it, or never.
+fn join_intervals(elements: &mut [ElementDump], mut ends: Vec<Vec<u8>>) {
+    elements.sort_by(|a, b| a.key.cmp(&b.key));
+    ends.sort();
+    let mut ends = ends.into_iter().peekable();
+    for element in elements {
+        while ends.next_if(|end| *end <= element.key).is_some() {}
+        element.end = ends.next();
+    }
+}
+
+fn element(attributes: &[u8]) -> ElementDump {
+    let timeout = find(attributes, 4).and_then(u64_of); // NFTA_SET_ELEM_TIMEOUT
+    let expiration = find(attributes, 5).and_then(u64_of); // NFTA_SET_ELEM_EXPIRATION
+    ElementDump {
+        key: find(attributes, 1).and_then(|key| find(key, 1)).unwrap_or_default().to_vec(),
+        end: None,
+        data: find(attributes, 2).and_then(Data::decode),
+        comment: comment(attributes, 6, 0), // NFTA_SET_ELEM_USERDATA
+        timeout: timeout.map(|timeout| (timeout, expiration.unwrap_or(timeout))),
+        counter: find(attributes, 7).and_then(counter), // NFTA_SET_ELEM_EXPR
+    }
+}
+
+fn counter(expression: &[u8]) -> Option<(u64, u64)> {
+    let data = (text(expression, 1) == "counter").then(|| find(expression, 2))??;
+    Some((u64_of(find(data, 2)?)?, u64_of(find(data, 1)?)?))
+}
+
+fn request(kind: u16, flags: u16, fill: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
+    let mut out = Vec::with_capacity(HEADERS + 64);
+    let start = begin_message(&mut out, SUBSYSTEM << 8 | kind, flags, 0);
+    fill(&mut out);
+    end_message(&mut out, start);
+    out
+}
+
+fn number(attributes: &[u8], kind: u16) -> u32 {
+    find(attributes, kind).and_then(u32_of).unwrap_or_default()
+}
+
+fn text(attributes: &[u8], kind: u16) -> String {
+    find(attributes, kind).map(string).unwrap_or_default()
+}
+
+/// The comment in an object's userdata: a list of type, length and value of a byte each.
+fn comment(attributes: &[u8], kind: u16, comment_type: u8) -> Option<String> {
+    let mut rest = find(attributes, kind)?;
+    while let [kind, length, more @ ..] = rest {
+        let value = more.get(..usize::from(*length))?;
+        if *kind == comment_type {
+            return Some(string(value));
+        }
+        rest = &more[value.len()..];
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn intervals_get_their_ends() {
+        let start = |key: u8| ElementDump { key: vec![key], ..ElementDump::default() };
+        // [10,20) [20,30) [40,..
+        let mut elements = vec![start(40), start(10), start(20)];
+        join_intervals(&mut elements, vec![vec![30], vec![20], vec![0]]);
+        let joined: Vec<(u8, Option<u8>)> =
+            elements.iter().map(|e| (e.key[0], e.end.as_ref().map(|end| end[0]))).collect();
+        assert_eq!(joined, [(10, Some(20)), (20, Some(30)), (40, None)]);
+    }
+}

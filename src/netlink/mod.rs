@@ -1,0 +1,26 @@
+//! nf_tables, conntrack and nflog over netlink: tables, chains, sets, elements and expressions, and
+//! nothing of Kubernetes.
+//!
+//! Numbers and layouts follow the kernel's `include/uapi/linux/netfilter/nf_tables.h` and
+//! `nfnetlink.h`; constants carry the kernel's names. nf_tables messages are encoded here, straight
+//! into the buffer that is sent, because a first load is millions of elements; for conntrack and
+//! nflog, where nothing is hot, `netlink-packet-netfilter` does it.
+
+mod attribute;
+mod batch;
+mod dump;
+mod error;
+mod expression;
+mod object;
+mod socket;
+
+pub use batch::{Batch, Encoded, Tag, shorten as shorten_comment};
+pub use dump::{ChainDump, ElementDump, RuleDump, SetDump, TableDump};
+pub use error::{Error, Refusal, Subject};
+pub use expression::{
+    CmpOp, CtKey, Data, Expression, LimitUnit, MetaKey, NatKind, PayloadBase, Register, Verdict,
+};
+pub use object::{
+    Chain, ChainKind, Element, ElementData, Hook, Hooked, Rule, Set, SetData, TableFlags,
+};
+pub use socket::Socket;

@@ -1,0 +1,166 @@
+//! The chains that are always there, and their rules.
+
+use super::rule::Selector::{DestinationAddress, DestinationPort, L4Proto, SourceAddress};
+use super::rule::{RuleBuilder, RuleSpec};
+use super::sets::SetName;
+use crate::model::Family;
+use crate::netlink::{ChainKind, Hook, Hooked, Verdict};
+
+/// `NF_IP_PRI_NAT_DST`; nft calls it `dstnat`.
+const DSTNAT: i32 = -100;
+/// `NF_IP_PRI_FILTER`; nft calls it `filter`.
+const FILTER: i32 = 0;
+/// `NF_IP_PRI_NAT_SRC`; nft calls it `srcnat`.
+const SRCNAT: i32 = 100;
+
+/// The bit of the packet mark that asks for masquerading, the one that kube-proxy uses: set on the
+/// first packet of a connection in the nat hooks, cleared when it is masqueraded.
+pub(super) const MASQUERADE_BIT: u32 = 0x4000;
+
+/// A chain that is always there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BaseChain {
+    /// Its name.
+    pub name: &'static str,
+    /// Where it is attached; `None` for a chain that others jump to.
+    pub hooked: Option<Hooked>,
+    /// The priority as nft prints it.
+    pub priority: &'static str,
+    /// What it is for.
+    pub comment: &'static str,
+}
+
+const fn base(
+    name: &'static str,
+    kind: ChainKind,
+    hook: Hook,
+    (priority, priority_name): (i32, &'static str),
+    comment: &'static str,
+) -> BaseChain {
+    let hooked = Some(Hooked { kind, hook, priority });
+    BaseChain { name, hooked, priority: priority_name, comment }
+}
+
+const fn shared(name: &'static str, comment: &'static str) -> BaseChain {
+    BaseChain { name, hooked: None, priority: "", comment }
+}
+
+/// The chains that are always there. Those that are jumped to come first, as the kernel wants it.
+#[rustfmt::skip]
+pub const BASE_CHAINS: &[BaseChain] = &[
+    shared("source-firewall", "node ports: who may connect"),
+    shared("services", "Service addresses and node ports to endpoints"),
+    shared("without-endpoints", "rejects what no endpoint serves"),
+    // Before any DNAT, of ours or others, while the packet still carries the node port.
+    base("firewall-prerouting", ChainKind::Filter, Hook::Prerouting,
+        (DSTNAT - 10, "dstnat - 10"), "source firewalls, before DNAT"),
+    base("nat-prerouting", ChainKind::Nat, Hook::Prerouting,
+        (DSTNAT, "dstnat"), "connections from elsewhere"),
+    // nft 1.0.6 knows dstnat in prerouting only and prints the number here.
+    base("nat-output", ChainKind::Nat, Hook::Output,
+        (DSTNAT, "-100"), "connections of the node itself"),
+    base("filter-input", ChainKind::Filter, Hook::Input,
+        (FILTER, "filter"), "node ports without endpoints"),
+    base("filter-forward", ChainKind::Filter, Hook::Forward,
+        (FILTER, "filter"), "Service addresses without endpoints"),
+    base("filter-output", ChainKind::Filter, Hook::Output,
+        (FILTER, "filter"), "the node's own connections without endpoints"),
+    base("nat-postrouting", ChainKind::Nat, Hook::Postrouting,
+        (SRCNAT, "srcnat"), "masquerade: node ports and hairpin"),
+];
+
+/// The rules of [`BASE_CHAINS`], by chain, in their order.
+pub fn base_rules() -> Vec<(&'static str, RuleSpec)> {
+    let mut rules = Vec::new();
+    rules.extend(source_firewall().map(|rule| ("source-firewall", rule)));
+    rules.extend(services().map(|rule| ("services", rule)));
+    rules.extend(without_endpoints().map(|rule| ("without-endpoints", rule)));
+    rules.push((
+        "firewall-prerouting",
+        // The node's own connections come through the loopback device and are exempt.
+        RuleBuilder::new()
+            .ct_state_new()
+            .not_from_loopback()
+            .verdict(jump("source-firewall"))
+            .build(None),
+    ));
+    for chain in ["nat-prerouting", "nat-output"] {
+        rules.push((chain, RuleBuilder::new().verdict(jump("services")).build(None)));
+    }
+    for chain in ["filter-input", "filter-forward", "filter-output"] {
+        let rule = RuleBuilder::new().ct_state_new().verdict(jump("without-endpoints"));
+        rules.push((chain, rule.build(None)));
+    }
+    rules.extend(postrouting().into_iter().map(|rule| ("nat-postrouting", rule)));
+    rules
+}
+
+fn jump(chain: &str) -> Verdict {
+    Verdict::Jump(chain.to_owned())
+}
+
+/// Packets to a node port: a local address in the configured CIDRs, whatever the port.
+fn to_node_port_address(family: Family) -> RuleBuilder {
+    RuleBuilder::new()
+        .in_set(&[DestinationAddress(family)], &SetName::NodePortIps(family))
+        .not_to_loopback(family)
+        .to_this_node()
+}
+
+fn source_firewall() -> [RuleSpec; 2] {
+    Family::ALL.map(|family| {
+        to_node_port_address(family)
+            .vmap(&[L4Proto, DestinationPort], &SetName::NodePortFirewall)
+            .build(None)
+    })
+}
+
+fn services() -> [RuleSpec; 4] {
+    let [by_address4, by_address6] = Family::ALL.map(|family| {
+        let key = [DestinationAddress(family), L4Proto, DestinationPort];
+        RuleBuilder::new().vmap(&key, &SetName::ServiceIps(family)).build(None)
+    });
+    let [by_node_port4, by_node_port6] = Family::ALL.map(|family| {
+        to_node_port_address(family)
+            .vmap(&[L4Proto, DestinationPort], &SetName::NodePorts(family))
+            .build(None)
+    });
+    [by_address4, by_address6, by_node_port4, by_node_port6]
+}
+
+fn without_endpoints() -> [RuleSpec; 6] {
+    let [address4, address6] = Family::ALL.map(|family| {
+        let key = [DestinationAddress(family), L4Proto, DestinationPort];
+        let rule = RuleBuilder::new().in_set(&key, &SetName::NoEndpoints(family));
+        rule.reject().build(Some("no endpoints"))
+    });
+    let [node_port4, node_port6] = Family::ALL.map(|family| {
+        let key = [L4Proto, DestinationPort];
+        let rule = to_node_port_address(family).in_set(&key, &SetName::NoEndpointNodePorts(family));
+        rule.reject().build(Some("no endpoints"))
+    });
+    // What reaches this was not translated, so its port belongs to no Service.
+    let [unknown4, unknown6] = Family::ALL.map(|family| {
+        RuleBuilder::new()
+            .in_set(&[DestinationAddress(family)], &SetName::ClusterIps(family))
+            .reject()
+            .build(Some("no such port"))
+    });
+    [address4, address6, node_port4, node_port6, unknown4, unknown6]
+}
+
+fn postrouting() -> [RuleSpec; 3] {
+    let marked = RuleBuilder::new()
+        .marked(MASQUERADE_BIT)
+        .flip_mark(MASQUERADE_BIT)
+        .masquerade()
+        .build(Some("asked for by mark"));
+    let [hairpin4, hairpin6] = Family::ALL.map(|family| {
+        RuleBuilder::new()
+            .ct_status_dnat()
+            .in_set(&[SourceAddress(family), DestinationAddress(family)], &SetName::Hairpin(family))
+            .masquerade()
+            .build(Some("hairpin"))
+    });
+    [marked, hairpin4, hairpin6]
+}

@@ -1,0 +1,156 @@
+//! Elements of sets and maps.
+
+use std::fmt;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+
+use super::balancer::Balancer;
+use super::firewall::FirewallChain;
+use super::sets::SetName;
+use crate::model::{Backend, Protocol};
+
+/// An element of one of our sets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Element {
+    /// In which set, under which key.
+    pub key: ElementKey,
+    /// What it leads to.
+    pub value: Value,
+    /// Whose it is, for readers.
+    pub comment: Option<Arc<str>>,
+}
+
+/// What tells an element from all others.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ElementKey {
+    /// The set.
+    pub set: SetName,
+    /// The key; the first address of an interval.
+    pub bytes: KeyBytes,
+    /// The first address behind an interval; `None` where it reaches the last address, and for
+    /// sets without intervals.
+    pub end: Option<KeyBytes>,
+}
+
+/// What an element leads to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Value {
+    /// Nothing: an element of a set.
+    None,
+    /// An endpoint, as address and port.
+    Endpoint(KeyBytes),
+    /// A chain.
+    Goto(ChainName),
+}
+
+/// A chain that elements lead to.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum ChainName {
+    /// The chain that chooses an endpoint.
+    Balancer(Balancer),
+    /// A Service's firewall.
+    Firewall(FirewallChain),
+}
+
+impl ChainName {
+    /// The name in the table.
+    pub fn name(&self) -> String {
+        match self {
+            ChainName::Balancer(balancer) => balancer.name(),
+            ChainName::Firewall(firewall) => firewall.name(),
+        }
+    }
+}
+
+/// The bytes of a key or a value: fields one behind the other, each padded to four bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct KeyBytes {
+    // Unused bytes are zero, so comparing all of them compares the keys.
+    bytes: [u8; KeyBytes::CAPACITY],
+    length: u8,
+}
+
+impl KeyBytes {
+    /// Two IPv6 addresses, the longest key there is.
+    const CAPACITY: usize = 32;
+
+    const EMPTY: KeyBytes = KeyBytes { bytes: [0; KeyBytes::CAPACITY], length: 0 };
+
+    /// A key from the bytes of a listing; `None` if it is longer than any key of ours.
+    pub fn new(bytes: &[u8]) -> Option<KeyBytes> {
+        (bytes.len() <= KeyBytes::CAPACITY).then(|| KeyBytes::EMPTY.push(bytes))
+    }
+
+    /// The bytes.
+    pub fn as_slice(&self) -> &[u8] {
+        &self.bytes[..usize::from(self.length)]
+    }
+
+    fn push(mut self, field: &[u8]) -> KeyBytes {
+        let start = usize::from(self.length);
+        let end = start + field.len().next_multiple_of(4);
+        self.bytes[start..start + field.len()].copy_from_slice(field);
+        self.length = u8::try_from(end).expect("keys are short");
+        self
+    }
+
+    pub(super) fn address(self, address: IpAddr) -> KeyBytes {
+        match address {
+            IpAddr::V4(address) => self.push(&address.octets()),
+            IpAddr::V6(address) => self.push(&address.octets()),
+        }
+    }
+
+    pub(super) fn protocol(self, protocol: Protocol) -> KeyBytes {
+        self.push(&[protocol.number()])
+    }
+
+    pub(super) fn port(self, port: u16) -> KeyBytes {
+        self.push(&port.to_be_bytes())
+    }
+
+    /// Slots are numbers of the machine's byte order, as `numgen` makes them.
+    pub(super) fn slot(self, slot: u32) -> KeyBytes {
+        self.push(&slot.to_ne_bytes())
+    }
+
+    /// An empty key to append fields to.
+    pub(super) fn empty() -> KeyBytes {
+        KeyBytes::EMPTY
+    }
+
+    pub(super) fn backend(backend: &Backend) -> KeyBytes {
+        KeyBytes::EMPTY.address(backend.address).port(backend.port)
+    }
+}
+
+impl fmt::Debug for KeyBytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for byte in self.as_slice() {
+            write!(f, "{byte:02x}")?;
+        }
+        Ok(())
+    }
+}
+
+impl ElementKey {
+    /// A key that is no interval.
+    pub(super) fn single(set: SetName, bytes: KeyBytes) -> ElementKey {
+        ElementKey { set, bytes, end: None }
+    }
+
+    /// A CIDR as the interval from its first address up to the one behind its last.
+    pub(super) fn cidr(set: SetName, cidr: IpNet) -> ElementKey {
+        let behind = match cidr.broadcast() {
+            IpAddr::V4(last) => last.to_bits().checked_add(1).map(|a| IpAddr::V4(a.into())),
+            IpAddr::V6(last) => last.to_bits().checked_add(1).map(|a| IpAddr::V6(a.into())),
+        };
+        ElementKey {
+            set,
+            bytes: KeyBytes::EMPTY.address(cidr.network()),
+            end: behind.map(|address| KeyBytes::EMPTY.address(address)),
+        }
+    }
+}
