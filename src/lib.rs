@@ -4,3 +4,4 @@ pub mod model;
 pub mod netlink;
 pub mod plan;
 pub mod ruleset;
+pub mod watch;

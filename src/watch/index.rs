@@ -1,0 +1,304 @@
+//! Everything that the proxy has been told, found by Service.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use crate::model::{
+    EndpointSlice, Node, NodeContext, NodePortAddresses, Service, ServiceName, SliceName,
+};
+use crate::plan::{ServicePlan, plan_service};
+
+use super::{Options, lower};
+
+/// The Services, their slices and the node, as of the last event of their source.
+///
+/// What [`plan`](Index::plan) gives depends on what is in the index alone, not on how it came
+/// there. A change costs the slices of the Services that it touches, not what exists.
+#[derive(Clone, Debug)]
+pub struct Index {
+    context: NodeContext,
+    services: BTreeMap<ServiceName, Service>,
+    slices: HashMap<SliceName, EndpointSlice>,
+    /// The slices of each Service, be there such a Service or not. No entry is empty.
+    slices_of: HashMap<ServiceName, BTreeSet<SliceName>>,
+}
+
+impl Index {
+    /// An index of nothing: no Service, no slice, no Node.
+    pub fn new(options: &Options) -> Index {
+        let mut index = Index {
+            context: NodeContext {
+                name: options.node_name.clone(),
+                node: Node::default(),
+                nodeport_addresses: options.nodeport_addresses.clone(),
+            },
+            services: BTreeMap::new(),
+            slices: HashMap::new(),
+            slices_of: HashMap::new(),
+        };
+        index.set_node(Node::default());
+        index
+    }
+
+    /// Replaces a Service, or removes it. Returns whether that changes anything.
+    pub fn set_service(&mut self, name: &ServiceName, service: Option<Service>) -> bool {
+        debug_assert!(service.as_ref().is_none_or(|service| &service.name == name));
+        if self.services.get(name) == service.as_ref() {
+            return false;
+        }
+        match service {
+            Some(service) => self.services.insert(name.clone(), service),
+            None => self.services.remove(name),
+        };
+        true
+    }
+
+    /// Replaces a slice, or removes it. Returns the Services whose plan may change by that: the
+    /// ones that the slice belonged to and belongs to now, as far as they are here; none if the
+    /// slice is what it was.
+    pub fn set_slice(
+        &mut self,
+        name: &SliceName,
+        slice: Option<EndpointSlice>,
+    ) -> BTreeSet<ServiceName> {
+        debug_assert!(slice.as_ref().is_none_or(|slice| &slice.name == name));
+        if self.slices.get(name) == slice.as_ref() {
+            return BTreeSet::new();
+        }
+        let mut owners = BTreeSet::new();
+        if let Some(old) = self.slices.remove(name) {
+            if let Some(slices) = self.slices_of.get_mut(&old.service) {
+                slices.remove(name);
+                if slices.is_empty() {
+                    self.slices_of.remove(&old.service);
+                }
+            }
+            owners.insert(old.service);
+        }
+        if let Some(slice) = slice {
+            self.slices_of.entry(slice.service.clone()).or_default().insert(name.clone());
+            owners.insert(slice.service.clone());
+            self.slices.insert(name.clone(), slice);
+        }
+        owners.retain(|service| self.services.contains_key(service));
+        owners
+    }
+
+    /// Replaces the node; [`Node::default`] where there is none. Returns whether that changes
+    /// anything. No plan of a Service changes by that: they depend on the node's name alone.
+    pub fn set_node(&mut self, mut node: Node) -> bool {
+        let primary = matches!(self.context.nodeport_addresses, NodePortAddresses::Primary);
+        if primary && node.primary_addresses.is_empty() {
+            node.diagnostics.push(lower::no_primary_addresses(&self.context.name));
+        }
+        let changed = self.context.node != node;
+        self.context.node = node;
+        changed
+    }
+
+    /// What planning needs to know of the node.
+    pub fn context(&self) -> &NodeContext {
+        &self.context
+    }
+
+    /// Whether there is such a Service.
+    pub fn contains(&self, service: &ServiceName) -> bool {
+        self.services.contains_key(service)
+    }
+
+    /// All Services, by name.
+    pub fn services(&self) -> impl Iterator<Item = &Service> {
+        self.services.values()
+    }
+
+    /// The slices of one Service, by name.
+    pub fn slices_of(&self, service: &ServiceName) -> impl Iterator<Item = &EndpointSlice> {
+        let names = self.slices_of.get(service).into_iter().flatten();
+        names.filter_map(|name| self.slices.get(name))
+    }
+
+    /// What is to be done for one Service; `None` where there is no such Service.
+    pub fn plan(&self, service: &ServiceName) -> Option<ServicePlan> {
+        self.services.get(service).map(|service| self.plan_of(service))
+    }
+
+    /// What is to be done for each Service, by name.
+    pub fn plans(&self) -> impl Iterator<Item = ServicePlan> + '_ {
+        self.services.values().map(|service| self.plan_of(service))
+    }
+
+    fn plan_of(&self, service: &Service) -> ServicePlan {
+        plan_service(service, self.slices_of(&service.name), &self.context)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::model::{
+        Endpoint, Family, Protocol, Readiness, ServicePort, SlicePort, SourceRestriction,
+    };
+
+    fn options() -> Options {
+        Options { node_name: "worker".into(), nodeport_addresses: NodePortAddresses::Primary }
+    }
+
+    fn service(name: &ServiceName, port: u16) -> Service {
+        Service {
+            name: name.clone(),
+            created: 0,
+            cluster_ips: vec!["10.96.0.1".parse().unwrap()],
+            ports: vec![ServicePort {
+                name: "".into(),
+                protocol: Protocol::Tcp,
+                port: port.try_into().unwrap(),
+                node_port: None,
+            }],
+            node_port_sources: SourceRestriction::Unrestricted,
+            diagnostics: Vec::new(),
+        }
+    }
+
+    fn slice(name: &SliceName, service: &ServiceName, address: u8) -> EndpointSlice {
+        EndpointSlice {
+            name: name.clone(),
+            service: service.clone(),
+            family: Family::V4,
+            ports: vec![SlicePort {
+                name: "".into(),
+                protocol: Protocol::Tcp,
+                port: 8080.try_into().unwrap(),
+            }],
+            endpoints: vec![Endpoint {
+                address: [10, 0, 0, address].into(),
+                readiness: Readiness::Ready,
+                node: None,
+            }],
+            diagnostics: Vec::new(),
+        }
+    }
+
+    fn service_name(number: u8) -> ServiceName {
+        ServiceName::new("shop", format!("service-{number}"))
+    }
+
+    fn slice_name(number: u8) -> SliceName {
+        SliceName { namespace: "shop".into(), name: Arc::from(format!("slice-{number}")) }
+    }
+
+    /// A change: to the Service or slice of this number.
+    #[derive(Clone, Debug)]
+    enum Step {
+        Service(u8, Option<u16>),
+        Slice(u8, Option<(u8, u8)>),
+    }
+
+    fn steps() -> impl Strategy<Value = Vec<Step>> {
+        let one = prop_oneof![
+            (0..4u8, prop::option::of(1..4u16)).prop_map(|(n, port)| Step::Service(n, port)),
+            (0..4u8, prop::option::of((0..4u8, 1..4u8))).prop_map(|(n, s)| Step::Slice(n, s)),
+        ];
+        prop::collection::vec(one, 0..60)
+    }
+
+    proptest! {
+        /// Whatever the way, the same objects give the same plans; and nobody's plan changes who
+        /// is not named.
+        #[test]
+        fn only_what_is_in_it_counts(steps in steps()) {
+            let mut index = Index::new(&options());
+            let mut services = BTreeMap::new();
+            let mut slices = BTreeMap::new();
+            for step in steps {
+                let before: BTreeMap<_, _> =
+                    index.plans().map(|plan| (plan.service().clone(), plan)).collect();
+                let touched = match step {
+                    Step::Service(number, port) => {
+                        let name = service_name(number);
+                        let value = port.map(|port| service(&name, port));
+                        services.insert(name.clone(), value.clone());
+                        let changed = index.set_service(&name, value);
+                        changed.then_some(name).into_iter().collect()
+                    }
+                    Step::Slice(number, value) => {
+                        let name = slice_name(number);
+                        let value = value
+                            .map(|(owner, address)| slice(&name, &service_name(owner), address));
+                        slices.insert(name.clone(), value.clone());
+                        index.set_slice(&name, value)
+                    }
+                };
+                let after: BTreeMap<_, _> =
+                    index.plans().map(|plan| (plan.service().clone(), plan)).collect();
+                for name in before.keys().chain(after.keys()) {
+                    let same = before.get(name) == after.get(name);
+                    prop_assert!(same || touched.contains(name), "{} changed unsaid", name);
+                }
+                for name in &touched {
+                    prop_assert!(before.contains_key(name) || after.contains_key(name));
+                }
+            }
+            let mut fresh = Index::new(&options());
+            for (name, value) in slices.into_iter().rev() {
+                fresh.set_slice(&name, value);
+            }
+            for (name, value) in services {
+                fresh.set_service(&name, value);
+            }
+            let (all, expected): (Vec<_>, Vec<_>) =
+                (index.plans().collect(), fresh.plans().collect());
+            prop_assert_eq!(&all, &expected);
+            for plan in all {
+                prop_assert_eq!(index.plan(plan.service()), Some(plan));
+            }
+            prop_assert_eq!(index.slices.len(), fresh.slices.len());
+            prop_assert_eq!(index.slices_of, fresh.slices_of);
+        }
+    }
+
+    #[test]
+    fn says_what_a_slice_touches() {
+        let mut index = Index::new(&options());
+        let (a, b, name) = (service_name(0), service_name(1), slice_name(0));
+        // Nobody is there whose plan could change.
+        assert_eq!(index.set_slice(&name, Some(slice(&name, &a, 1))), BTreeSet::new());
+        assert!(index.set_service(&a, Some(service(&a, 80))));
+        assert!(!index.set_service(&a, Some(service(&a, 80))));
+        assert!(index.set_service(&b, Some(service(&b, 80))));
+        assert_eq!(index.plan(&a).unwrap().pools[0].backends.len(), 1);
+        for (value, expected) in [
+            (Some(slice(&name, &a, 1)), vec![]),
+            (Some(slice(&name, &a, 2)), vec![&a]),
+            (Some(slice(&name, &b, 2)), vec![&a, &b]),
+            (None, vec![&b]),
+            (None, vec![]),
+        ] {
+            let got = index.set_slice(&name, value.clone());
+            assert_eq!(got.iter().collect::<Vec<_>>(), expected, "{value:?}");
+        }
+        assert_eq!(index.plan(&b).unwrap().pools[0].backends, []);
+        assert!(index.set_service(&a, None));
+        assert_eq!(index.plan(&a), None);
+    }
+
+    #[test]
+    fn a_node_without_addresses_is_said_where_it_matters() {
+        let mut index = Index::new(&options());
+        assert_eq!(index.context().node.diagnostics.len(), 1);
+        assert!(!index.set_node(Node::default()));
+        let known =
+            Node { primary_addresses: vec!["10.0.0.1".parse().unwrap()], ..Node::default() };
+        assert!(index.set_node(known.clone()));
+        assert!(!index.set_node(known.clone()));
+        assert_eq!(index.context().node, known);
+        assert!(index.set_node(Node::default()));
+        assert_eq!(index.context().node.diagnostics.len(), 1);
+
+        let cidrs = NodePortAddresses::Cidrs(Vec::new());
+        let index = Index::new(&Options { nodeport_addresses: cidrs, ..options() });
+        assert_eq!(index.context().node, Node::default());
+    }
+}
