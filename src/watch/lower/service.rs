@@ -8,7 +8,8 @@ use k8s_openapi::api::core::v1 as core;
 
 use super::{Findings, is_port_name, name, namespace, port, protocol, shown, unicast};
 use crate::model::{
-    CidrSet, Family, ObjectKind, Protocol, Service, ServiceName, ServicePort, SourceRestriction,
+    CidrSet, Family, ObjectKind, Protocol, Service, ServiceName, ServicePort, Severity,
+    SourceRestriction,
 };
 
 /// The annotation that says who may reach a Service's node ports, as comma-separated CIDRs.
@@ -31,7 +32,7 @@ pub enum Relevance {
     ExternalName,
     /// `clusterIP: None`: clients talk to the endpoints themselves.
     Headless,
-    /// It has no ClusterIP yet.
+    /// It has no cluster IP yet.
     NoClusterIp,
 }
 
@@ -59,7 +60,7 @@ pub fn relevance(object: &core::Service) -> Relevance {
 
 /// Lowers a Service; `None` where it is none of this proxy's business ([`relevance`]).
 ///
-/// A Service of which no ClusterIP can be used becomes one without addresses and ports, which
+/// A Service of which no cluster IP can be used becomes one without addresses and ports, which
 /// only carries its diagnostics.
 pub fn service(object: &core::Service) -> Option<Service> {
     if relevance(object) != Relevance::Ours {
@@ -182,15 +183,13 @@ fn ports(
             continue;
         }
         names.insert(name);
-        let node_port = node_port(entry, protocol, exposure, &mut node_ports).unwrap_or_else(
-            |(error, message)| {
-                match error {
-                    true => findings.error(field("nodePort"), message),
-                    false => findings.warning(field("nodePort"), message),
-                }
+        let node_port = match node_port(entry, protocol, exposure, &mut node_ports) {
+            Ok(node_port) => node_port,
+            Err((severity, message)) => {
+                findings.add(severity, field("nodePort"), message);
                 None
-            },
-        );
+            }
+        };
         ports.push(ServicePort { name: name.into(), protocol, port, node_port });
     }
     ports
@@ -199,25 +198,25 @@ fn ports(
 /// The node port of one port.
 ///
 /// # Errors
-/// Why there is none although the object has a number, and whether that is an error.
+/// Why there is none although the object has a number.
 fn node_port(
     entry: &core::ServicePort,
     protocol: Protocol,
     exposure: Exposure,
     taken: &mut BTreeSet<(Protocol, NonZeroU16)>,
-) -> Result<Option<NonZeroU16>, (bool, String)> {
+) -> Result<Option<NonZeroU16>, (Severity, String)> {
     let Some(number) = entry.node_port.filter(|number| *number != 0) else { return Ok(None) };
     if exposure == Exposure::Internal {
         let message = "node ports are for the types NodePort and LoadBalancer; not served";
-        return Err((false, message.to_owned()));
+        return Err((Severity::Warning, message.to_owned()));
     }
     let Some(node_port) = port(number) else {
-        return Err((true, format!("{number} is not a port; not served")));
+        return Err((Severity::Error, format!("{number} is not a port; not served")));
     };
     if !taken.insert((protocol, node_port)) {
         let message =
             format!("{protocol} node port {node_port} is an earlier port's too; not served here");
-        return Err((true, message));
+        return Err((Severity::Error, message));
     }
     Ok(Some(node_port))
 }
@@ -335,6 +334,7 @@ fn not_implemented(
 }
 
 #[cfg(test)]
+#[allow(clippy::needless_pass_by_value)] // json! at the call reads better
 mod tests {
     use serde_json::{Value, json};
 
@@ -616,7 +616,7 @@ mod tests {
             let got = with(json!({}), spec.clone());
             let fields: Vec<_> =
                 got.diagnostics.iter().map(|d| (d.field.as_str(), d.severity)).collect();
-            assert_eq!(fields, [(field, crate::model::Severity::Warning)], "{spec}");
+            assert_eq!(fields, [(field, Severity::Warning)], "{spec}");
         }
         let defaults = json!({"externalTrafficPolicy": "Cluster", "internalTrafficPolicy": "Cluster",
             "sessionAffinity": "None", "externalIPs": [], "healthCheckNodePort": 0, "type": "NodePort",

@@ -162,6 +162,7 @@ fn readiness(conditions: Option<&discovery::EndpointConditions>) -> Readiness {
 }
 
 #[cfg(test)]
+#[allow(clippy::needless_pass_by_value)] // json! at the call reads better
 mod tests {
     use serde_json::json;
 
