@@ -4,15 +4,17 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 
 use super::applied::{
-    Applied, add_balancer, add_element, add_firewall, add_rule, delete_element, delete_firewall, tag,
+    Applied, add_balancer, add_element, add_firewall, add_rule, delete_element, delete_firewall,
+    tag,
 };
 use crate::model::{Backend, Family};
-use crate::netlink::{Batch, ChainDump, Data, ElementDump, RuleDump, TableDump, TableFlags, Verdict};
+use crate::netlink::{
+    Batch, ChainDump, Data, ElementDump, RuleDump, TableDump, TableFlags, Verdict,
+};
 use crate::plan::Pool;
 use crate::ruleset::{
-    BASE_CHAINS, Balancer, Contribution, Element, ElementKey, FirewallChain, KeyBytes,
-    RuleSpec, SetName, Subject, Value, base_rules, endpoint_key, hairpin_element,
-    layout_comment,
+    BASE_CHAINS, Balancer, Contribution, Element, ElementKey, FirewallChain, KeyBytes, RuleSpec,
+    SetName, Subject, Value, base_rules, endpoint_key, hairpin_element, layout_comment,
 };
 
 /// What the kernel holds, in our terms.
@@ -171,7 +173,7 @@ impl Found {
 pub(super) fn lay_out(
     found: bool,
     flags: TableFlags,
-    contributions: Vec<(Subject, Option<Contribution>)>,
+    contributions: &[(Subject, Option<Contribution>)],
     batch: &mut Batch,
 ) {
     if found {
@@ -191,7 +193,7 @@ pub(super) fn lay_out(
     for (chain, rule) in base_rules() {
         add_rule(batch, chain, &rule);
     }
-    Applied::default().stage(contributions, batch);
+    Applied::default().write(contributions, batch);
 }
 
 fn base_chains_are_ours(dump: &TableDump) -> bool {
@@ -262,4 +264,3 @@ fn backend(family: Family, value: &[u8]) -> Option<Backend> {
     };
     Some(Backend { address, port: u16::from_be_bytes(port.try_into().ok()?) })
 }
-

@@ -29,6 +29,22 @@ pub(super) struct Step {
 }
 
 impl Applied {
+    /// The state in which the kernel holds exactly these contributions.
+    pub(super) fn new(contributions: Vec<(Subject, Option<Contribution>)>) -> Applied {
+        let mut applied = Applied::default();
+        for (subject, contribution) in contributions {
+            let Some(contribution) = contribution else { continue };
+            for address in contribution.hairpins() {
+                *applied.hairpins.entry(address).or_default() += 1;
+            }
+            for balancer in contribution.balancers() {
+                *applied.balancers.entry(balancer).or_default() += 1;
+            }
+            applied.contributions.insert(subject, contribution);
+        }
+        applied
+    }
+
     /// What `subject` has in the kernel.
     pub fn contribution(&self, subject: &Subject) -> Option<&Contribution> {
         self.contributions.get(subject)
@@ -51,6 +67,16 @@ impl Applied {
         changes: Vec<(Subject, Option<Contribution>)>,
         batch: &mut Batch,
     ) -> Step {
+        let (hairpins, balancers) = self.write(&changes, batch);
+        Step { changes, hairpins, balancers }
+    }
+
+    /// [`Applied::stage`] without the step: what it changes in the counts.
+    pub(super) fn write(
+        &self,
+        changes: &[(Subject, Option<Contribution>)],
+        batch: &mut Batch,
+    ) -> (HashMap<IpAddr, isize>, HashMap<Balancer, isize>) {
         let mut hairpins: HashMap<IpAddr, (isize, Tag)> = HashMap::new();
         let mut balancers: HashMap<Balancer, (isize, Tag)> = HashMap::new();
         for (index, (subject, next)) in changes.iter().enumerate() {
@@ -83,12 +109,10 @@ impl Applied {
                 Turn::Stays => {}
             }
         }
-        let deltas = |(key, (delta, _))| (key, delta);
-        Step {
-            changes,
-            hairpins: hairpins.into_iter().map(deltas).collect(),
-            balancers: balancers.into_iter().map(|(key, (delta, _))| (key, delta)).collect(),
-        }
+        (
+            hairpins.into_iter().map(|(key, (delta, _))| (key, delta)).collect(),
+            balancers.into_iter().map(|(key, (delta, _))| (key, delta)).collect(),
+        )
     }
 
     /// Makes a step true, after its transaction has succeeded.
@@ -101,6 +125,18 @@ impl Applied {
         }
         settle(&mut self.hairpins, step.hairpins);
         settle(&mut self.balancers, step.balancers);
+    }
+}
+
+impl Step {
+    /// The subjects and their next contributions.
+    pub(super) fn changes(&self) -> &[(Subject, Option<Contribution>)] {
+        &self.changes
+    }
+
+    /// Gives up the step.
+    pub(super) fn into_changes(self) -> Vec<(Subject, Option<Contribution>)> {
+        self.changes
     }
 }
 

@@ -23,6 +23,8 @@ const NFT_MSG_GETSETELEM: u16 = 13;
 const NLM_F_DUMP: u16 = 0x300;
 /// `struct nfgenmsg`.
 const NFGENMSG: usize = 4;
+/// `NLM_F_ACK`.
+const NLM_F_ACK: u16 = 0x4;
 /// How often a listing is begun anew because the ruleset changed under it.
 const ATTEMPTS: usize = 20;
 
@@ -115,7 +117,8 @@ impl Socket {
         table: &str,
     ) -> Result<Option<TableDump>, (&'static str, ListError)> {
         let mut dump = None;
-        let request = request(NFT_MSG_GETTABLE, 0, |out| put_str(out, 1, table));
+        // Not a dump, so nothing but an acknowledgement tells where the answer ends.
+        let request = request(NFT_MSG_GETTABLE, NLM_F_ACK, |out| put_str(out, 1, table));
         match self.list_kind(request, NFT_MSG_NEWTABLE, |attributes| {
             dump = Some(TableDump {
                 flags: TableFlags(number(attributes, 2)),

@@ -8,18 +8,22 @@
 
 mod attribute;
 mod batch;
+mod conntrack;
 mod dump;
 mod error;
 mod expression;
+mod nflog;
 mod object;
 mod socket;
 
 pub use batch::{Batch, Encoded, Tag, shorten as shorten_comment};
+pub use conntrack::Flow;
 pub use dump::{ChainDump, ElementDump, RuleDump, SetDump, TableDump};
 pub use error::{Error, Refusal, Subject};
 pub use expression::{
     CmpOp, CtKey, Data, Expression, LimitUnit, MetaKey, NatKind, PayloadBase, Register, Verdict,
 };
+pub use nflog::{Listener, LoggedPacket};
 pub use object::{
     Chain, ChainKind, Element, ElementData, Hook, Hooked, Rule, Set, SetData, TableFlags,
 };

@@ -12,6 +12,9 @@ impl TableFlags {
     /// such a table over.
     pub const OWNED: TableFlags = TableFlags(0x2 | 0x4);
 
+    /// A table whose owner has closed its socket: anybody may change or adopt it.
+    pub const ORPHANED: TableFlags = TableFlags(0x4);
+
     /// Whether the table belongs to one socket.
     pub fn is_owned(self) -> bool {
         self.0 & 0x2 != 0

@@ -12,7 +12,7 @@ pub const REFUSED_LOG_GROUP: u16 = 3210;
 /// How many refusals of one Service are logged: this many a second ...
 const LOG_RATE: u64 = 1;
 /// ... after this many at once.
-const LOG_BURST: u32 = 5;
+const LOG_BURST: u32 = 10;
 /// Enough of a packet for an IPv6 header and ports.
 const LOG_SNAPLEN: u32 = 64;
 

@@ -1,0 +1,406 @@
+//! The work of the committing thread: from plans to transactions, and what to do when the kernel
+//! says no.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+
+use super::adopt::{Found, lay_out};
+use super::applied::{Applied, Step};
+use super::revoke::{self, Revocation, Revoker};
+use super::{Adoption, Change, CommitError, Report};
+use crate::model::NodeContext;
+use crate::netlink::{self, Batch, Error, Refusal, Socket, TableFlags};
+use crate::plan::{Desired, ServicePlan};
+use crate::ruleset::{Contribution, Subject, TABLE};
+
+/// A subject and the contribution that it shall have.
+type Target = (Subject, Option<Contribution>);
+
+/// Who was refused, and why.
+pub type Refused = BTreeMap<Subject, CommitError>;
+
+/// Owns the netlink socket, the plans and the applied state. [`super::Committer`] runs it on a
+/// thread; benchmarks and `--once` call it directly.
+pub struct Worker {
+    socket: Socket,
+    flags: TableFlags,
+    desired: Desired,
+    node: Contribution,
+    applied: Applied,
+    /// Subjects whose last commit the kernel refused: what it holds of them is older than what is
+    /// desired. They are tried again with their next change or [`Worker::retry_refused`].
+    refused: Refused,
+    revoker: Revoker,
+    report: Box<dyn FnMut(Report) + Send>,
+}
+
+impl fmt::Debug for Worker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Worker").field("refused", &self.refused).finish_non_exhaustive()
+    }
+}
+
+impl Worker {
+    /// Opens the socket, in the network namespace of this thread. `report` hears what becomes of
+    /// each subject that a commit touches.
+    ///
+    /// # Errors
+    /// When the kernel has no nfnetlink.
+    pub fn open(report: impl FnMut(Report) + Send + 'static) -> Result<Worker, Error> {
+        Ok(Worker {
+            socket: Socket::open()?,
+            flags: TableFlags::OWNED,
+            desired: Desired::default(),
+            node: Contribution::Node(Vec::new()),
+            applied: Applied::default(),
+            refused: Refused::new(),
+            revoker: Revoker::start(),
+            report: Box::new(report),
+        })
+    }
+
+    /// What the kernel holds, as of the last transaction.
+    pub fn applied(&self) -> &Applied {
+        &self.applied
+    }
+
+    /// Makes the kernel hold exactly what these plans ask for; see [`super::Committer::adopt`].
+    pub fn adopt(
+        &mut self,
+        node: NodeContext,
+        plans: Vec<ServicePlan>,
+    ) -> Result<Adoption, CommitError> {
+        self.desired = Desired::default();
+        self.node = Contribution::node(&node);
+        for plan in plans {
+            let service = plan.service().clone();
+            self.desired.set(&service, Some(plan));
+        }
+        let adoption = self.resync().map_err(|error| CommitError::Kernel(Arc::new(error)))?;
+        let services: BTreeSet<Subject> =
+            self.desired.services().cloned().map(Subject::Service).collect();
+        services.into_iter().for_each(|subject| self.report(subject));
+        Ok(adoption)
+    }
+
+    /// Commits changes as one transaction; returns who was refused of all that they touch.
+    pub fn commit(&mut self, changes: Vec<Change>) -> Refused {
+        let mut touched = BTreeSet::new();
+        for change in changes {
+            match change {
+                Change::Service(service, plan) => {
+                    let services = self.desired.set(&service, plan);
+                    touched.extend(services.into_iter().map(Subject::Service));
+                }
+                Change::Node(node) => {
+                    self.node = Contribution::node(&node);
+                    touched.insert(Subject::Node);
+                }
+            }
+        }
+        self.commit_subjects(touched)
+    }
+
+    /// Tries once more what the kernel refused before.
+    pub fn retry_refused(&mut self) {
+        let subjects: BTreeSet<Subject> = self.refused.keys().cloned().collect();
+        if !subjects.is_empty() {
+            self.commit_subjects(subjects);
+        }
+    }
+
+    /// Waits until the connections of revoked sources are deleted.
+    pub fn finish_revocations(&self) {
+        self.revoker.finish();
+    }
+
+    fn commit_subjects(&mut self, subjects: BTreeSet<Subject>) -> Refused {
+        let mut refused = Refused::new();
+        let targets = subjects
+            .iter()
+            .map(|subject| {
+                let contribution = self.target(subject, |pool| {
+                    let current = self.applied.contribution(subject)?;
+                    Some(current.slots_of(pool)?.to_vec())
+                });
+                (subject.clone(), contribution)
+            })
+            .collect();
+        let mut revoked = Vec::new();
+        self.commit_targets(targets, &mut refused, &mut revoked, Surprise::Resync);
+        self.revoker.sweep(revoked, self.node_addresses());
+        for subject in subjects {
+            match refused.get(&subject) {
+                Some(error) => self.refused.insert(subject.clone(), error.clone()),
+                None => self.refused.remove(&subject),
+            };
+            self.report(subject);
+        }
+        refused
+    }
+
+    /// The contribution that `subject` shall have.
+    fn target(
+        &self,
+        subject: &Subject,
+        slots: impl FnMut(&crate::plan::Pool) -> Option<Vec<crate::model::Backend>>,
+    ) -> Option<Contribution> {
+        match subject {
+            Subject::Node => Some(self.node.clone()),
+            Subject::Service(service) => {
+                self.desired.effective(service).map(|plan| Contribution::service(plan, slots))
+            }
+        }
+    }
+
+    /// Commits `targets` as one transaction, or in parts without those that are refused.
+    fn commit_targets(
+        &mut self,
+        targets: Vec<Target>,
+        refused: &mut Refused,
+        revoked: &mut Vec<Revocation>,
+        on_surprise: Surprise,
+    ) {
+        let mut batch = Batch::new(TABLE);
+        let step = self.applied.stage(targets, &mut batch);
+        let result = if batch.operations() == 0 { Ok(()) } else { self.socket.commit(batch) };
+        let error = match result {
+            Ok(()) => return self.install(step, revoked),
+            Err(error) => error,
+        };
+        let targets = step.into_changes();
+        if on_surprise == Surprise::Resync && is_surprise(&error) {
+            tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "the table is not as it was left: taking it over anew",
+            );
+            match self.resync() {
+                Ok(_) => refused.extend(self.refused.clone()),
+                Err(error) => refuse_all(targets, error, refused),
+            }
+            return;
+        }
+        match split(targets, &error) {
+            Split::Guilty(guilty, rest) => {
+                refuse_all(guilty, error, refused);
+                if !rest.is_empty() {
+                    self.commit_targets(rest, refused, revoked, on_surprise);
+                }
+            }
+            Split::Halves(first, second) => {
+                self.commit_targets(first, refused, revoked, on_surprise);
+                self.commit_targets(second, refused, revoked, on_surprise);
+            }
+        }
+    }
+
+    fn install(&mut self, step: Step, revoked: &mut Vec<Revocation>) {
+        for (subject, next) in step.changes() {
+            revoked.extend(revoke::revocations(self.applied.contribution(subject), next.as_ref()));
+        }
+        self.applied.install(step);
+    }
+
+    /// Lists the table and makes it what is desired, whatever it holds. Subjects that the kernel
+    /// refuses are left out, and what it held of them goes.
+    fn resync(&mut self) -> Result<Adoption, Error> {
+        self.refused.clear();
+        let subjects: BTreeSet<Subject> = self
+            .desired
+            .services()
+            .cloned()
+            .map(Subject::Service)
+            .chain(std::iter::once(Subject::Node))
+            .collect();
+        // Each round leaves somebody out, or ends.
+        for _ in 0..=subjects.len() {
+            let subjects: Vec<&Subject> =
+                subjects.iter().filter(|s| !self.refused.contains_key(s)).collect();
+            let dump = self.socket.dump_table(TABLE)?;
+            let present = dump.is_some();
+            let found = dump.and_then(Found::new);
+            let targets: Vec<Target> = subjects
+                .into_iter()
+                .map(|subject| {
+                    let slots = |pool: &_| found.as_ref().and_then(|found| found.slots_of(pool));
+                    (subject.clone(), self.target(subject, slots))
+                })
+                .collect();
+
+            let (error, targets) = match self.replace(found, present, targets) {
+                Ok(adoption) => return Ok(adoption),
+                Err(failed) => failed,
+            };
+            if self.flags != TableFlags::NONE && is_unknown_flag(&error) {
+                // Linux before 6.9: a plain table, which others can change.
+                self.flags = TableFlags::NONE;
+                continue;
+            }
+            match split(targets, &error) {
+                Split::Guilty(guilty, rest) if !rest.is_empty() && !is_denied(&error) => {
+                    let mut refused = Refused::new();
+                    refuse_all(guilty, error, &mut refused);
+                    self.refused.extend(refused);
+                }
+                Split::Guilty(..) => return Err(error),
+                Split::Halves(..) if is_denied(&error) => return Err(error),
+                Split::Halves(first, second) => {
+                    return self.resync_in_parts(present, first, second);
+                }
+            }
+        }
+        Err(Error::Interrupted)
+    }
+
+    /// Adopts or lays out the table in one transaction.
+    fn replace(
+        &mut self,
+        found: Option<Found>,
+        present: bool,
+        targets: Vec<Target>,
+    ) -> Result<Adoption, (Error, Vec<Target>)> {
+        let mut batch = Batch::new(TABLE);
+        let replaced = found.is_none();
+        let mut free = 0;
+        match found {
+            Some(found) => {
+                if self.flags == TableFlags::OWNED && found.flags() == TableFlags::ORPHANED {
+                    batch.add_table(self.flags, None);
+                    free = batch.operations();
+                }
+                found.stage(&targets, &mut batch);
+            }
+            None => lay_out(present, self.flags, &targets, &mut batch),
+        }
+        let operations = batch.operations() - free;
+        if batch.operations() > 0
+            && let Err(error) = self.socket.commit(batch)
+        {
+            return Err((error, targets));
+        }
+        if operations > 0 {
+            // What was allowed before is not known.
+            let plans = targets.iter().filter_map(|(_, c)| c.as_ref()?.plan());
+            let revoked = plans.filter_map(|p| p.firewall.as_ref()).flat_map(revoke::all).collect();
+            self.revoker.sweep(revoked, self.node_addresses());
+        }
+        self.applied = Applied::new(targets);
+        Ok(Adoption { found: present, replaced, operations })
+    }
+
+    /// When the kernel refuses everything together and does not say who is at fault: the table
+    /// without any Service, and then the Services by halves.
+    fn resync_in_parts(
+        &mut self,
+        present: bool,
+        first: Vec<Target>,
+        second: Vec<Target>,
+    ) -> Result<Adoption, Error> {
+        let node = vec![(Subject::Node, Some(self.node.clone()))];
+        let adoption = self.replace(None, present, node).map_err(|(error, _)| error)?;
+        let (mut refused, mut revoked) = (Refused::new(), Vec::new());
+        for part in [first, second] {
+            self.commit_targets(part, &mut refused, &mut revoked, Surprise::Refuse);
+        }
+        self.revoker.sweep(revoked, self.node_addresses());
+        self.refused.extend(refused);
+        Ok(adoption)
+    }
+
+    fn node_addresses(&self) -> Vec<IpNet> {
+        match &self.node {
+            Contribution::Node(cidrs) => cidrs.clone(),
+            Contribution::Service { .. } => unreachable!("the node's contribution"),
+        }
+    }
+
+    fn report(&mut self, subject: Subject) {
+        let diagnostics = match &subject {
+            Subject::Node => Vec::new(),
+            Subject::Service(service) => self
+                .desired
+                .effective(service)
+                .map(|plan| plan.diagnostics.clone())
+                .unwrap_or_default(),
+        };
+        let refused = self.refused.get(&subject).cloned();
+        (self.report)(Report { subject, refused, diagnostics });
+    }
+}
+
+/// What to do when the table is not as it was left.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Surprise {
+    /// List it and take it over anew.
+    Resync,
+    /// Treat it as any refusal, because it was just listed.
+    Refuse,
+}
+
+/// Whether an error means that the table is not as it was left, or may not be.
+fn is_surprise(error: &Error) -> bool {
+    let surprising = |refusal: &Refusal| {
+        matches!(refusal.error.raw_os_error(), Some(nix::libc::ENOENT | nix::libc::EEXIST))
+    };
+    match error {
+        Error::Refused(refusals) => refusals.iter().any(surprising),
+        Error::Receive(_) => true,
+        _ => false,
+    }
+}
+
+/// Whether an error comes of table flags that this kernel does not know.
+fn is_unknown_flag(error: &Error) -> bool {
+    let unknown = |refusal: &Refusal| {
+        matches!(refusal.subject, netlink::Subject::Table(_))
+            && matches!(
+                refusal.error.raw_os_error(),
+                Some(nix::libc::EOPNOTSUPP | nix::libc::EINVAL)
+            )
+    };
+    matches!(error, Error::Refused(refusals) if refusals.iter().any(unknown))
+}
+
+/// Whether the kernel does not let this process change the table at all.
+fn is_denied(error: &Error) -> bool {
+    let denied = |refusal: &Refusal| refusal.error.kind() == io::ErrorKind::PermissionDenied;
+    matches!(error, Error::Refused(refusals) if refusals.iter().any(denied))
+}
+
+enum Split {
+    /// Those at fault, and the others.
+    Guilty(Vec<Target>, Vec<Target>),
+    /// Nobody knows who is at fault.
+    Halves(Vec<Target>, Vec<Target>),
+}
+
+fn split(targets: Vec<Target>, error: &Error) -> Split {
+    let guilty: BTreeSet<usize> = match error {
+        Error::Refused(refusals) => {
+            refusals.iter().filter_map(|refusal| Some(refusal.tag? as usize)).collect()
+        }
+        _ => BTreeSet::new(),
+    };
+    if targets.len() == 1 {
+        return Split::Guilty(targets, Vec::new());
+    }
+    if guilty.is_empty() {
+        let mut first = targets;
+        let second = first.split_off(first.len() / 2);
+        return Split::Halves(first, second);
+    }
+    let (mut at_fault, mut others) = (Vec::new(), Vec::new());
+    for (index, target) in targets.into_iter().enumerate() {
+        if guilty.contains(&index) { at_fault.push(target) } else { others.push(target) }
+    }
+    Split::Guilty(at_fault, others)
+}
+
+fn refuse_all(targets: Vec<Target>, error: Error, refused: &mut Refused) {
+    let error = CommitError::Kernel(Arc::new(error));
+    refused.extend(targets.into_iter().map(|(subject, _)| (subject, error.clone())));
+}
