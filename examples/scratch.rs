@@ -60,7 +60,7 @@ fn main() {
     })
     .unwrap();
     let t = std::time::Instant::now();
-    let a = w.adopt(node.clone(), plans.clone());
+    let a = w.adopt(&node, plans.clone());
     println!("{:?} {:?}", t.elapsed(), a);
     if n < 10 {
         print!(
@@ -71,5 +71,5 @@ fn main() {
         );
     }
     let t = std::time::Instant::now();
-    println!("{:?} {:?}", w.adopt(node, plans), t.elapsed());
+    println!("{:?} {:?}", w.adopt(&node, plans), t.elapsed());
 }

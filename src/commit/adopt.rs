@@ -121,7 +121,7 @@ impl Found {
         for (balancer, index) in &needed {
             batch.set_tag(tag(*index));
             if self.chains.remove(&balancer.name()).is_none() {
-                add_balancer(batch, balancer);
+                add_balancer(batch, *balancer);
             }
         }
         for address in hairpins {
@@ -210,7 +210,10 @@ fn base_chains_are_ours(dump: &TableDump) -> bool {
 fn same_rules(found: &ChainDump, expected: &[RuleSpec]) -> bool {
     let same = |(found, expected): (&RuleDump, &RuleSpec)| {
         found.comment.as_deref() == expected.comment
-            && found.expressions.iter().eq(expected.expressions.iter().map(|e| e.name()))
+            && found
+                .expressions
+                .iter()
+                .eq(expected.expressions.iter().map(crate::netlink::Expression::name))
     };
     found.rules.len() == expected.len() && found.rules.iter().zip(expected).all(same)
 }

@@ -96,7 +96,7 @@ impl Applied {
         for (balancer, (delta, tag)) in &balancers {
             batch.set_tag(*tag);
             match turn(self.balancers.get(balancer), *delta) {
-                Turn::Comes => add_balancer(batch, balancer),
+                Turn::Comes => add_balancer(batch, *balancer),
                 Turn::Goes => batch.delete_chain(&balancer.name()),
                 Turn::Stays => {}
             }
@@ -145,7 +145,7 @@ pub(super) fn tag(index: usize) -> Tag {
     Tag::try_from(index).expect("fewer than 2^32 subjects")
 }
 
-pub(super) fn add_balancer(batch: &mut Batch, balancer: &Balancer) {
+pub(super) fn add_balancer(batch: &mut Batch, balancer: Balancer) {
     let name = balancer.name();
     batch.add_chain(&netlink::Chain { name: &name, hooked: None, comment: None });
     add_rule(batch, &name, &balancer.rule());
@@ -241,7 +241,9 @@ fn elements(old: Option<&Contribution>, next: Option<&Contribution>, batch: &mut
                 }
                 None => add_element(batch, &element),
             });
-            before.keys().for_each(|key| delete_element(batch, key));
+            for key in before.keys() {
+                delete_element(batch, key);
+            }
         }
     }
 }

@@ -8,6 +8,8 @@
 
 mod adopt;
 mod applied;
+#[cfg(test)]
+mod laws;
 mod revoke;
 mod worker;
 
@@ -182,7 +184,7 @@ fn commit(worker: &mut Worker, changes: &mut Vec<Change>, waiting: &mut Waiting)
 fn serve(worker: &mut Worker, request: Request) {
     match request {
         Request::Adopt(node, plans, reply) => {
-            let _ = reply.send(worker.adopt(node, plans));
+            let _ = reply.send(worker.adopt(&node, plans));
         }
         Request::RetryRefused => worker.retry_refused(),
         Request::Flush(reply) => {

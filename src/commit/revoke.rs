@@ -151,10 +151,10 @@ fn run(queue: &mpsc::Receiver<Work>) {
                 std::thread::sleep(STRAGGLERS);
             }
         }
-        barriers.into_iter().for_each(|done| {
+        for done in barriers {
             // Who waited may be gone.
             let _ = done.send(());
-        });
+        }
     }
 }
 

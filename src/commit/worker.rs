@@ -68,14 +68,19 @@ impl Worker {
         &self.applied
     }
 
+    /// Whether the kernel refuses some subject.
+    pub fn has_refused(&self) -> bool {
+        !self.refused.is_empty()
+    }
+
     /// Makes the kernel hold exactly what these plans ask for; see [`super::Committer::adopt`].
     pub fn adopt(
         &mut self,
-        node: NodeContext,
+        node: &NodeContext,
         plans: Vec<ServicePlan>,
     ) -> Result<Adoption, CommitError> {
         self.desired = Desired::default();
-        self.node = Contribution::node(&node);
+        self.node = Contribution::node(node);
         for plan in plans {
             let service = plan.service().clone();
             self.desired.set(&service, Some(plan));
@@ -83,7 +88,9 @@ impl Worker {
         let adoption = self.resync().map_err(|error| CommitError::Kernel(Arc::new(error)))?;
         let services: BTreeSet<Subject> =
             self.desired.services().cloned().map(Subject::Service).collect();
-        services.into_iter().for_each(|subject| self.report(subject));
+        for subject in services {
+            self.report(subject);
+        }
         Ok(adoption)
     }
 

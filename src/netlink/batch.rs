@@ -356,7 +356,8 @@ impl Messages {
 /// Element messages of one kind, one stream for each set.
 #[derive(Debug, Default)]
 struct Streams {
-    streams: Vec<Stream>,
+    /// In the order in which they began.
+    all: Vec<Stream>,
     by_set: HashMap<String, usize>,
     /// The stream that was used last: elements of one set come in runs.
     last: usize,
@@ -364,10 +365,10 @@ struct Streams {
 
 impl Streams {
     fn of(&mut self, table: &str, set: &str, kind: u16, flags: u16) -> &mut Stream {
-        if self.streams.get(self.last).is_none_or(|stream| stream.set != set) {
+        if self.all.get(self.last).is_none_or(|stream| stream.set != set) {
             self.last = self.by_set.get(set).copied().unwrap_or_else(|| {
-                self.by_set.insert(set.to_owned(), self.streams.len());
-                self.streams.push(Stream {
+                self.by_set.insert(set.to_owned(), self.all.len());
+                self.all.push(Stream {
                     table: table.to_owned(),
                     set: set.to_owned(),
                     kind,
@@ -375,14 +376,14 @@ impl Streams {
                     messages: Messages::default(),
                     current: None,
                 });
-                self.streams.len() - 1
+                self.all.len() - 1
             });
         }
-        &mut self.streams[self.last]
+        &mut self.all[self.last]
     }
 
     fn into_messages(self) -> impl Iterator<Item = Messages> {
-        self.streams.into_iter().map(|mut stream| {
+        self.all.into_iter().map(|mut stream| {
             stream.end_current();
             stream.messages
         })

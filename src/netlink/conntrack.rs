@@ -121,7 +121,9 @@ fn flow(kind: u16, payload: &[u8]) -> Option<Flow> {
     for attribute in attributes {
         match &attribute {
             ConntrackAttribute::CtaTupleOrig(tuples) => {
-                tuples.iter().for_each(|tuple| flow.read(tuple));
+                for tuple in tuples {
+                    flow.read(tuple);
+                }
                 flow.identity.push(attribute);
             }
             ConntrackAttribute::CtaStatus(status) => {

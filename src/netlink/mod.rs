@@ -14,6 +14,8 @@ mod error;
 mod expression;
 mod nflog;
 mod object;
+#[cfg(test)]
+pub(crate) mod replay;
 mod socket;
 
 pub use batch::{Batch, Encoded, Tag, shorten as shorten_comment};

@@ -173,18 +173,17 @@ fn pool_elements(pool: &Pool, slots: &[Backend], owner: &Arc<str>, each: &mut im
     let family = pool.family;
     for frontend in &pool.frontends {
         let key = frontend_key(frontend, pool.protocol);
-        let service_ip = matches!(frontend, Frontend::ClusterIp { .. });
         let Some(balancer) = balancer(pool, frontend, slots) else {
-            let set = match service_ip {
-                true => SetName::NoEndpoints(family),
-                false => SetName::NoEndpointNodePorts(family),
+            let set = match frontend {
+                Frontend::ClusterIp { .. } => SetName::NoEndpoints(family),
+                Frontend::NodePort { .. } => SetName::NoEndpointNodePorts(family),
             };
             each(set_element(ElementKey::single(set, key), Some(owner)));
             continue;
         };
-        let set = match service_ip {
-            true => SetName::ServiceIps(family),
-            false => SetName::NodePorts(family),
+        let set = match frontend {
+            Frontend::ClusterIp { .. } => SetName::ServiceIps(family),
+            Frontend::NodePort { .. } => SetName::NodePorts(family),
         };
         each(Element {
             key: ElementKey::single(set, key),

@@ -1,0 +1,50 @@
+# Portcullis: `make help` lists what there is.
+#
+# Commands that need root and packages say what is missing; with INSTALL=1 (or in CI) they install
+# it first.
+
+CARGO ?= cargo
+INSTALL ?=
+PREPARE := integration/prepare.sh $(if $(INSTALL),--install)
+BENCH_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help build demo test unit lint fmt bench deny clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+build: ## Build the release binary: target/release/portcullis
+	$(CARGO) build --locked --release --bin portcullis
+
+demo: ## Show allowed and refused clients on a NodePort, in network namespaces; no cluster (root)
+	@$(PREPARE) demo
+	@$(CARGO) build --locked --quiet --bin portcullis --package portcullis-integration --bin demo
+	@target/debug/demo
+
+test: ## Run every test: unit, golden, laws, real kernel, real API server (root)
+	@$(PREPARE) test
+	$(CARGO) test --locked --workspace
+
+unit: ## Run the tests that need no root: unit, golden and laws
+	$(CARGO) test --locked --package portcullis
+
+lint: ## Check format, lints, licences and shell scripts
+	@$(PREPARE) lint
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --locked --workspace --all-targets -- --deny warnings
+	git ls-files -z '*.sh' .ci/run | xargs -0 shellcheck
+	if command -v cargo-deny >/dev/null; then $(CARGO) deny check; fi
+
+fmt: ## Format the code
+	$(CARGO) fmt --all
+
+bench: ## Measure, beside a ruleset of kube-proxy's shape; writes docs/benchmarks.md (root)
+	@$(PREPARE) bench
+	$(CARGO) bench --locked --bench ruleset -- $(BENCH_ARGS)
+
+deny: ## Check dependencies for licences, advisories and sources (cargo-deny)
+	$(CARGO) deny check
+
+clean: ## Remove what was built
+	$(CARGO) clean

@@ -1,0 +1,350 @@
+//! Laws of planning and committing, on random worlds.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::num::NonZeroU16;
+use std::sync::Arc;
+
+use proptest::prelude::*;
+
+use super::adopt::lay_out;
+use super::applied::Applied;
+use crate::model::{
+    Backend, CidrSet, Endpoint, EndpointSlice, Family, Node, NodeContext, NodePortAddresses,
+    Protocol, Readiness, Service, ServiceName, ServicePort, SliceName, SlicePort,
+    SourceRestriction,
+};
+use crate::netlink::replay::Table;
+use crate::netlink::{Batch, TableFlags};
+use crate::plan::{Desired, ServicePlan, plan_service};
+use crate::ruleset::{Contribution, Subject, TABLE};
+
+/// A Service in few enough variants that random ones collide.
+#[derive(Clone, Debug)]
+struct Variant {
+    created: i64,
+    cluster_ip: u8,
+    dual: bool,
+    ports: Vec<(Protocol, u8, Option<u8>)>,
+    endpoints: BTreeSet<u8>,
+    sources: u8,
+}
+
+fn variant() -> impl Strategy<Value = Variant> {
+    let protocol = prop_oneof![Just(Protocol::Tcp), Just(Protocol::Udp)];
+    let port = (protocol, 0..3_u8, proptest::option::of(0..4_u8));
+    (
+        0..3_i64,
+        0..4_u8,
+        any::<bool>(),
+        proptest::collection::vec(port, 1..3),
+        proptest::collection::btree_set(0..6_u8, 0..6),
+        0..4_u8,
+    )
+        .prop_map(|(created, cluster_ip, dual, ports, endpoints, sources)| Variant {
+            created,
+            cluster_ip,
+            dual,
+            ports,
+            endpoints,
+            sources,
+        })
+}
+
+fn name(number: u8) -> ServiceName {
+    ServiceName::new("shop", format!("web{number}"))
+}
+
+fn node() -> NodeContext {
+    NodeContext {
+        name: "here".into(),
+        node: Node {
+            primary_addresses: vec![IpAddr::from([192, 168, 0, 1])],
+            diagnostics: Vec::new(),
+        },
+        nodeport_addresses: NodePortAddresses::Primary,
+    }
+}
+
+fn plan(number: u8, variant: &Variant) -> ServicePlan {
+    let mut seen = BTreeSet::new();
+    let mut node_ports = BTreeSet::new();
+    let ports: Vec<ServicePort> = variant
+        .ports
+        .iter()
+        .enumerate()
+        .filter(|(_, (protocol, port, node_port))| {
+            seen.insert((*protocol, *port))
+                && node_port.is_none_or(|node_port| node_ports.insert((*protocol, node_port)))
+        })
+        .map(|(index, (protocol, port, node_port))| ServicePort {
+            name: format!("p{index}").into(),
+            protocol: *protocol,
+            port: NonZeroU16::new(80 + u16::from(*port)).unwrap(),
+            node_port: node_port.map(|p| NonZeroU16::new(30000 + u16::from(p)).unwrap()),
+        })
+        .collect();
+    let mut cluster_ips = vec![IpAddr::from([10, 96, 0, variant.cluster_ip])];
+    if variant.dual {
+        cluster_ips.push(IpAddr::from([0xfd00, 0x96, 0, 0, 0, 0, 0, variant.cluster_ip.into()]));
+    }
+    let service = Service {
+        name: name(number),
+        created: variant.created,
+        cluster_ips,
+        ports: ports.clone(),
+        node_port_sources: match variant.sources {
+            0 => SourceRestriction::Unrestricted,
+            1 => SourceRestriction::Closed,
+            2 => SourceRestriction::Allow(CidrSet::parse("10.0.0.0/8, 2001:db8::/32").unwrap()),
+            _ => SourceRestriction::Allow(CidrSet::parse("10.0.0.0/9, 0.0.0.0/32").unwrap()),
+        },
+        diagnostics: Vec::new(),
+    };
+    let slice = |family: Family| EndpointSlice {
+        name: SliceName { namespace: "shop".into(), name: format!("{family:?}").into() },
+        service: name(number),
+        family,
+        ports: ports
+            .iter()
+            .map(|port| SlicePort {
+                name: port.name.clone(),
+                protocol: port.protocol,
+                port: NonZeroU16::new(8080).unwrap(),
+            })
+            .collect(),
+        endpoints: variant
+            .endpoints
+            .iter()
+            .map(|endpoint| Endpoint {
+                address: match family {
+                    Family::V4 => IpAddr::from([10, 244, 0, *endpoint]),
+                    Family::V6 => IpAddr::from([0xfd00, 0, 0, 0, 0, 0, 0, (*endpoint).into()]),
+                },
+                readiness: Readiness::Ready,
+                node: (endpoint % 2 == 0).then(|| "here".into()),
+            })
+            .collect(),
+        diagnostics: Vec::new(),
+    };
+    plan_service(&service, &Family::ALL.map(slice), &node())
+}
+
+/// A table that was laid out without any Service.
+fn empty_table() -> Table {
+    let mut batch = Batch::new(TABLE);
+    lay_out(false, TableFlags::NONE, &[], &mut batch);
+    let mut table = Table::default();
+    table.apply(&batch.finish());
+    table
+}
+
+fn targets(
+    desired: &Desired,
+    applied: &Applied,
+    services: impl IntoIterator<Item = ServiceName>,
+) -> Vec<(Subject, Option<Contribution>)> {
+    let target = |service: ServiceName| {
+        let subject = Subject::Service(service.clone());
+        let contribution = desired.effective(&service).map(|plan| {
+            Contribution::service(plan, |pool| {
+                Some(applied.contribution(&subject)?.slots_of(pool)?.to_vec())
+            })
+        });
+        (subject, contribution)
+    };
+    services.into_iter().map(target).collect()
+}
+
+/// The table with the slots of each frontend's endpoints forgotten: which endpoint is in which
+/// slot depends on history, and nothing else may.
+fn without_slots(table: &Table) -> (Table, BTreeMap<String, BTreeSet<Vec<u8>>>) {
+    let mut table = table.clone();
+    let mut endpoints = BTreeMap::new();
+    for name in ["endpoints4", "endpoints6", "nodeport-endpoints4", "nodeport-endpoints6"] {
+        let elements = table.sets.remove(name).unwrap();
+        let forget = |((key, _), value): ((Vec<u8>, bool), Vec<u8>)| {
+            [&key[..key.len() - 4], &value].concat()
+        };
+        endpoints.insert(name.to_owned(), elements.into_iter().map(forget).collect());
+    }
+    (table, endpoints)
+}
+
+type History = Vec<(u8, Option<Variant>)>;
+
+fn history() -> impl Strategy<Value = History> {
+    proptest::collection::vec((0..5_u8, proptest::option::weighted(0.8, variant())), 1..24)
+}
+
+/// Commits a history change by change; gives the table, the plans and the applied state.
+fn live_through(history: &History) -> (Table, Desired, Applied) {
+    let (mut table, mut desired, mut applied) =
+        (empty_table(), Desired::default(), Applied::default());
+    for (number, variant) in history {
+        let change = variant.as_ref().map(|variant| plan(*number, variant));
+        let touched = desired.set(&name(*number), change);
+        let mut batch = Batch::new(TABLE);
+        let step = applied.stage(targets(&desired, &applied, touched), &mut batch);
+        table.apply(&batch.finish());
+        applied.install(step);
+    }
+    (table, desired, applied)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    /// Committing change by change ends where planning everything at once does, whatever came
+    /// between and in whatever order Services with the same claims came.
+    #[test]
+    fn the_way_does_not_matter(history in history()) {
+        let (table, desired, _) = live_through(&history);
+
+        let last: BTreeMap<u8, &Option<Variant>> =
+            history.iter().map(|(number, variant)| (*number, variant)).collect();
+        let mut at_once = Desired::default();
+        for (number, variant) in last.iter().rev() {
+            at_once.set(&name(*number), variant.as_ref().map(|v| plan(*number, v)));
+        }
+        for number in last.keys() {
+            prop_assert_eq!(desired.effective(&name(*number)), at_once.effective(&name(*number)));
+        }
+        let mut fresh = empty_table();
+        let nothing = Applied::default();
+        let mut batch = Batch::new(TABLE);
+        nothing.stage(targets(&at_once, &nothing, last.keys().map(|n| name(*n))), &mut batch);
+        fresh.apply(&batch.finish());
+        prop_assert_eq!(without_slots(&table), without_slots(&fresh));
+    }
+
+    /// What is in force already costs nothing.
+    #[test]
+    fn nothing_new_is_no_operation(history in history()) {
+        let (_, desired, applied) = live_through(&history);
+        let mut batch = Batch::new(TABLE);
+        let services: Vec<ServiceName> = desired.services().cloned().collect();
+        applied.stage(targets(&desired, &applied, services), &mut batch);
+        prop_assert_eq!(batch.operations(), 0);
+    }
+
+    /// Removing everything leaves the table as it was laid out.
+    #[test]
+    fn nothing_stays_behind(history in history()) {
+        let (mut table, mut desired, applied) = live_through(&history);
+        let services: Vec<ServiceName> = desired.services().cloned().collect();
+        for service in &services {
+            desired.set(service, None);
+        }
+        let mut batch = Batch::new(TABLE);
+        applied.stage(targets(&desired, &applied, services), &mut batch);
+        table.apply(&batch.finish());
+        prop_assert_eq!(table, empty_table());
+    }
+
+    /// Conflicts have one winner, the same for all who look.
+    #[test]
+    fn a_claim_has_one_holder(history in history()) {
+        let (_, desired, _) = live_through(&history);
+        let mut holders = BTreeMap::new();
+        for service in desired.services() {
+            for claim in desired.effective(service).unwrap().claims().collect::<BTreeSet<_>>() {
+                let other = holders.insert(claim, service.clone());
+                prop_assert!(other.is_none(), "{:?} is held by {:?} and {}", claim, other, service);
+            }
+        }
+    }
+}
+
+/// The operations of one change among `services` Services of `endpoints` endpoints each.
+fn operations(services: u8, endpoints: u8, change: impl Fn(&mut Variant)) -> usize {
+    let variant = |number: u8| Variant {
+        created: 0,
+        cluster_ip: number,
+        dual: false,
+        ports: vec![(Protocol::Tcp, 0, None)],
+        endpoints: (0..endpoints).collect(),
+        sources: 0,
+    };
+    let history: History = (0..services).map(|number| (number, Some(variant(number)))).collect();
+    let (_, mut desired, applied) = live_through(&history);
+    let mut changed = variant(0);
+    change(&mut changed);
+    let touched = desired.set(&name(0), Some(plan(0, &changed)));
+    let mut batch = Batch::new(TABLE);
+    applied.stage(targets(&desired, &applied, touched), &mut batch);
+    batch.operations()
+}
+
+#[test]
+fn a_change_costs_what_it_changes() {
+    for (services, endpoints) in [(1, 10), (20, 10), (20, 100)] {
+        let cost = |change: fn(&mut Variant)| operations(services, endpoints, change);
+        // Another backend in the same slot: its element goes and comes. The hairpin elements of
+        // the two addresses are the node's own only for even numbers.
+        let replaced = cost(|v| {
+            v.endpoints.remove(&1);
+            v.endpoints.insert(201);
+        });
+        assert_eq!(replaced, 2, "{services} x {endpoints}");
+        // One slot less: the last one goes, its backend moves into the gap, and the address is led
+        // to another balancing chain, which comes with its rule; alone, the old chain goes.
+        let removed = cost(|v| {
+            v.endpoints.remove(&1);
+        });
+        let old_chain = usize::from(services == 1);
+        assert_eq!(removed, 1 + 2 + 2 + 2 + old_chain, "{services} x {endpoints}");
+        assert_eq!(cost(|_| {}), 0);
+    }
+}
+
+#[test]
+fn the_older_service_wins_and_the_loser_is_told() {
+    let variant = |created| Variant {
+        created,
+        cluster_ip: u8::try_from(created).unwrap(),
+        dual: false,
+        ports: vec![(Protocol::Tcp, 0, Some(1))],
+        endpoints: BTreeSet::from([1]),
+        sources: 1,
+    };
+    let mut desired = Desired::default();
+    desired.set(&name(1), Some(plan(1, &variant(2))));
+    let touched = desired.set(&name(2), Some(plan(2, &variant(1))));
+    assert_eq!(touched, BTreeSet::from([name(1), name(2)]));
+
+    let loser = desired.effective(&name(1)).unwrap();
+    assert_eq!(loser.firewall, None);
+    assert_eq!(loser.pools[0].frontends.len(), 1);
+    let [diagnostic] = loser.diagnostics.as_slice() else { panic!("{:?}", loser.diagnostics) };
+    assert!(diagnostic.to_string().contains("Service shop/web1"), "{diagnostic}");
+    assert!(diagnostic.to_string().contains("30001"), "{diagnostic}");
+    assert!(diagnostic.to_string().contains("shop/web2"), "{diagnostic}");
+
+    // The winner leaves, and the other has what it asked for.
+    assert!(desired.set(&name(2), None).contains(&name(1)));
+    let winner = desired.effective(&name(1)).unwrap();
+    assert_eq!(winner.pools[0].frontends.len(), 2);
+    assert!(winner.firewall.is_some() && winner.diagnostics.is_empty());
+}
+
+#[test]
+fn pools_are_the_same_whatever_the_order_of_slices() {
+    let backend = |address: [u8; 4]| Backend { address: address.into(), port: 8080 };
+    let planned = plan(
+        1,
+        &Variant {
+            created: 0,
+            cluster_ip: 1,
+            dual: false,
+            ports: vec![(Protocol::Tcp, 0, None)],
+            endpoints: BTreeSet::from([2, 1]),
+            sources: 0,
+        },
+    );
+    let expected = vec![backend([10, 244, 0, 1]), backend([10, 244, 0, 2])];
+    assert_eq!(planned.pools[0].backends, expected);
+    assert_eq!(planned.pools[0].local, [IpAddr::from([10, 244, 0, 2])]);
+    let shared = Arc::new(planned);
+    assert_eq!(shared.cluster_ips, [IpAddr::from([10, 96, 0, 1])]);
+}
