@@ -104,7 +104,7 @@ fn to_node_port_address(family: Family) -> RuleBuilder {
     RuleBuilder::new()
         .in_set(&[DestinationAddress(family)], &SetName::NodePortIps(family))
         .not_to_loopback(family)
-        .to_this_node()
+        .at_local_address()
 }
 
 fn source_firewall() -> [RuleSpec; 2] {

@@ -1,6 +1,6 @@
 //! What one subject - a Service, or the node itself - adds to the ruleset.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeSet, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -236,13 +236,13 @@ fn assign_slots(previous: &[Backend], backends: &[Backend]) -> Vec<Backend> {
     let count = backends.len();
     let wanted: HashSet<&Backend> = backends.iter().collect();
     let mut slots: Vec<Option<Backend>> = vec![None; count];
-    let mut placed: HashMap<&Backend, ()> = HashMap::with_capacity(previous.len());
+    let mut placed: HashSet<&Backend> = HashSet::with_capacity(previous.len());
     for (slot, backend) in slots.iter_mut().zip(previous) {
-        if wanted.contains(backend) && placed.insert(backend, ()).is_none() {
+        if wanted.contains(backend) && placed.insert(backend) {
             *slot = Some(*backend);
         }
     }
-    let mut homeless = backends.iter().filter(|backend| !placed.contains_key(backend));
+    let mut homeless = backends.iter().filter(|backend| !placed.contains(backend));
     slots
         .into_iter()
         .map(|slot| slot.or_else(|| homeless.next().copied()).expect("as many backends as slots"))

@@ -106,7 +106,7 @@ impl RuleBuilder {
     }
 
     /// `fib daddr type local`
-    pub fn to_this_node(mut self) -> Self {
+    pub fn at_local_address(mut self) -> Self {
         self.word("fib daddr type local");
         self.expressions.extend([
             Expression::FibDaddrType { into: Register::word(0) },
