@@ -1,0 +1,348 @@
+//! Clients that ask once.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{self, Read};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use socket2::{Domain, Socket, Type};
+
+use super::sctp::{self, Handshake, Reply};
+use super::{Answer, Outcome, Protocol, datagram};
+use crate::lab::Namespace;
+
+/// How long UDP and SCTP wait for an answer: short, so that what is dropped costs little, but
+/// long enough for a busy machine.
+const TIMEOUT: Duration = Duration::from_millis(900);
+/// How long TCP waits. An ICMP error that comes back while `connect` still holds the socket is
+/// lost (`LockDroppedIcmps` of `nstat`), which between namespaces of one machine is the rule. The
+/// next SYN, a second later, is sent by a timer and gets its error.
+const TCP_TIMEOUT: Duration = Duration::from_millis(1500);
+/// How many probes are under way at a time.
+const WINDOW: usize = 256;
+/// Where source ports come from: outside the default range of node ports.
+const PORTS: std::ops::RangeInclusive<u16> = 33_000..=65_000;
+
+/// Asks once from `from` and gives what came back. What was dropped is known after 0.9 seconds,
+/// for TCP after 1.5; what TCP was refused by ICMP after a second. To ask several such
+/// questions use [`probe_all`].
+pub fn probe(from: &Namespace, to: impl Into<SocketAddr>, protocol: Protocol) -> Result<Outcome> {
+    Probe::new(to, protocol).run(from)
+}
+
+/// Asks `count` times from `from`, each from a fresh source port, and counts what came back.
+pub fn probe_many(
+    from: &Namespace,
+    to: impl Into<SocketAddr>,
+    protocol: Protocol,
+    count: usize,
+) -> Result<Tally> {
+    Probe::new(to, protocol).many(from, count)
+}
+
+/// Asks all `questions` from `from` at the same time and gives the outcomes in their order.
+/// Fails as [`Probe::run`] does.
+pub fn probe_all(from: &Namespace, questions: &[Probe]) -> Result<Vec<Outcome>> {
+    from.enter(|| ask(questions)).with_context(|| format!("ask from {}", from.name()))
+}
+
+/// A question to an address, with more choices than [`probe`] has.
+#[derive(Clone, Copy, Debug)]
+pub struct Probe {
+    to: SocketAddr,
+    protocol: Protocol,
+    timeout: Duration,
+    source: Option<IpAddr>,
+    source_port: Option<u16>,
+}
+
+/// What came back from many probes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// Answers by the server's name.
+    pub answered: BTreeMap<String, u64>,
+    /// The clients' addresses as the servers saw them.
+    pub seen_sources: BTreeSet<IpAddr>,
+    /// Refusals.
+    pub refused: u64,
+    /// What nothing came back for.
+    pub timed_out: u64,
+    /// What there was no way for.
+    pub unreachable: u64,
+}
+
+impl Probe {
+    /// A question to `to`.
+    pub fn new(to: impl Into<SocketAddr>, protocol: Protocol) -> Self {
+        let timeout = if protocol == Protocol::Tcp { TCP_TIMEOUT } else { TIMEOUT };
+        Self { to: to.into(), protocol, timeout, source: None, source_port: None }
+    }
+
+    /// How long to wait for an answer, instead of 0.9 seconds, for TCP 1.5. With less than a
+    /// second TCP sends one SYN, but takes a refusal by ICMP for a timeout.
+    #[must_use]
+    pub fn timeout(self, timeout: Duration) -> Self {
+        Self { timeout, ..self }
+    }
+
+    /// Asks from this address, which the namespace must have.
+    #[must_use]
+    pub fn source(self, source: impl Into<IpAddr>) -> Self {
+        Self { source: Some(source.into()), ..self }
+    }
+
+    /// Asks from this port, for tests of what conntrack remembers.
+    #[must_use]
+    pub fn source_port(self, port: u16) -> Self {
+        Self { source_port: Some(port), ..self }
+    }
+
+    /// Asks once from `from`. Fails when the question could not be asked (no such source
+    /// address), or when something else than a [`Server`](super::Server) answered.
+    pub fn run(&self, from: &Namespace) -> Result<Outcome> {
+        probe_all(from, &[*self])?.pop().context("no outcome")
+    }
+
+    /// Asks `count` times from `from`, up to 256 at a time. Fails as [`Probe::run`] does.
+    pub fn many(&self, from: &Namespace, count: usize) -> Result<Tally> {
+        Ok(Tally::of(probe_all(from, &vec![*self; count])?))
+    }
+}
+
+impl Tally {
+    /// Counts outcomes.
+    pub fn of(outcomes: impl IntoIterator<Item = Outcome>) -> Self {
+        let mut tally = Self::default();
+        for outcome in outcomes {
+            match outcome {
+                Outcome::Answered { by, seen_source } => {
+                    *tally.answered.entry(by).or_default() += 1;
+                    tally.seen_sources.insert(seen_source.ip());
+                }
+                Outcome::Refused => tally.refused += 1,
+                Outcome::TimedOut => tally.timed_out += 1,
+                Outcome::Unreachable(_) => tally.unreachable += 1,
+            }
+        }
+        tally
+    }
+
+    /// How many were answered, by whomever.
+    pub fn answers(&self) -> u64 {
+        self.answered.values().sum()
+    }
+
+    /// How many the server called `name` answered.
+    pub fn by(&self, name: &str) -> u64 {
+        self.answered.get(name).copied().unwrap_or(0)
+    }
+}
+
+/// A question that was asked.
+struct Attempt {
+    /// Its place among the questions.
+    index: usize,
+    socket: Socket,
+    to: SocketAddr,
+    exchange: Exchange,
+    deadline: Instant,
+    /// Whether the socket has something for us.
+    ready: bool,
+}
+
+enum Exchange {
+    /// What has come of the answer's line.
+    Tcp(Vec<u8>),
+    Udp,
+    Sctp(Handshake),
+}
+
+impl Attempt {
+    /// Asks. The inner error is an outcome that is known at once.
+    fn start(index: usize, probe: &Probe) -> Result<Result<Self, Outcome>> {
+        let (socket, exchange) = match open(probe) {
+            Ok(opened) => opened,
+            Err(error) => return Ok(Err(Outcome::from_error(error).context("connect")?)),
+        };
+        let question = match &exchange {
+            Exchange::Tcp(_) => Vec::new(),
+            Exchange::Udp => b"0\n".to_vec(),
+            Exchange::Sctp(handshake) => handshake.init(),
+        };
+        if !question.is_empty()
+            && let Err(error) = socket.send(&question)
+        {
+            return Ok(Err(Outcome::from_error(error).context("send")?));
+        }
+        let deadline = Instant::now() + probe.timeout;
+        Ok(Ok(Self { index, socket, to: probe.to, exchange, deadline, ready: false }))
+    }
+
+    /// Takes what the socket has. `None` while there is no outcome.
+    fn advance(&mut self) -> Result<Option<Outcome>> {
+        if self.ready {
+            let mut buffer = [0; 2048];
+            match self.receive(&mut buffer) {
+                Ok(outcome @ Some(_)) => return Ok(outcome),
+                Ok(None) => {}
+                Err(error) => match error.downcast::<io::Error>() {
+                    Ok(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                    Ok(error) => return Ok(Some(Outcome::from_error(error).context("receive")?)),
+                    Err(other) => return Err(other),
+                },
+            }
+        }
+        Ok((Instant::now() >= self.deadline).then_some(Outcome::TimedOut))
+    }
+
+    fn receive(&mut self, buffer: &mut [u8]) -> Result<Option<Outcome>> {
+        let line = match &mut self.exchange {
+            Exchange::Tcp(line) => {
+                let length = (&self.socket).read(buffer)?;
+                if length == 0 {
+                    return Ok(Some(Outcome::Refused)); // closed without a word
+                }
+                line.extend_from_slice(&buffer[..length]);
+                if !line.ends_with(b"\n") {
+                    return Ok(None);
+                }
+                std::str::from_utf8(line)?.to_owned()
+            }
+            Exchange::Udp => {
+                let length = (&self.socket).read(buffer)?;
+                std::str::from_utf8(&buffer[..length])?.to_owned()
+            }
+            Exchange::Sctp(handshake) => {
+                let length = sctp::receive(&self.socket, buffer)?;
+                match handshake.reply(self.to.ip(), &buffer[..length]) {
+                    None => return Ok(None),
+                    Some(Reply::Abort) => return Ok(Some(Outcome::Refused)),
+                    Some(Reply::Answer(line)) => line,
+                }
+            }
+        };
+        Ok(Some(Answer::parse(line.trim_end())?.into()))
+    }
+}
+
+/// Asks in the namespace of the calling thread.
+fn ask(questions: &[Probe]) -> Result<Vec<Outcome>> {
+    let mut outcomes = vec![Outcome::TimedOut; questions.len()];
+    let mut unasked = questions.iter().enumerate().peekable();
+    let mut open: Vec<Attempt> = Vec::with_capacity(WINDOW);
+    while unasked.peek().is_some() || !open.is_empty() {
+        let free = WINDOW - open.len();
+        for (index, probe) in unasked.by_ref().take(free) {
+            let attempt = Attempt::start(index, probe)
+                .with_context(|| format!("ask {:?} {}", probe.protocol, probe.to))?;
+            match attempt {
+                Ok(attempt) => open.push(attempt),
+                Err(outcome) => outcomes[index] = outcome,
+            }
+        }
+        wait(&mut open)?;
+        let mut waiting = Vec::with_capacity(WINDOW);
+        for mut attempt in open.drain(..) {
+            match attempt.advance().with_context(|| format!("ask {}", attempt.to))? {
+                Some(outcome) => outcomes[attempt.index] = outcome,
+                None => waiting.push(attempt),
+            }
+        }
+        open = waiting;
+    }
+    Ok(outcomes)
+}
+
+/// Waits until a socket has something or the first deadline is over.
+fn wait(attempts: &mut [Attempt]) -> Result<()> {
+    let Some(deadline) = attempts.iter().map(|attempt| attempt.deadline).min() else {
+        return Ok(());
+    };
+    let left = deadline.saturating_duration_since(Instant::now());
+    // Rounded up, or the last millisecond would be spent spinning.
+    let timeout = PollTimeout::try_from(left + Duration::from_millis(1))?;
+    let mut polled: Vec<PollFd<'_>> = attempts
+        .iter()
+        .map(|attempt| PollFd::new(attempt.socket.as_fd(), PollFlags::POLLIN))
+        .collect();
+    match poll(&mut polled, timeout) {
+        Ok(_) | Err(Errno::EINTR) => {}
+        Err(error) => bail!("poll: {error}"),
+    }
+    let ready: Vec<bool> = polled.iter().map(|fd| fd.any().unwrap_or(true)).collect();
+    for (attempt, ready) in attempts.iter_mut().zip(ready) {
+        attempt.ready = ready;
+    }
+    Ok(())
+}
+
+/// A connected or connecting socket for a probe.
+fn open(probe: &Probe) -> io::Result<(Socket, Exchange)> {
+    let (socket, exchange) = match probe.protocol {
+        Protocol::Tcp | Protocol::Udp => {
+            let socket = connect(probe.protocol, probe.source, probe.source_port, probe.to, true)?;
+            let tcp = probe.protocol == Protocol::Tcp;
+            (socket, if tcp { Exchange::Tcp(Vec::new()) } else { Exchange::Udp })
+        }
+        Protocol::Sctp => {
+            let port = probe.source_port.unwrap_or_else(fresh_port);
+            let (socket, handshake) = Handshake::open(probe.source, port, probe.to)?;
+            socket.set_nonblocking(true)?;
+            (socket, Exchange::Sctp(handshake))
+        }
+    };
+    Ok((socket, exchange))
+}
+
+/// A TCP or UDP socket that is connected to `to`, or connecting if `nonblocking`; from a fresh
+/// port if none is given. A TCP socket is reset when it is closed: no `TIME_WAIT` keeps its port.
+pub(super) fn connect(
+    protocol: Protocol,
+    source: Option<IpAddr>,
+    source_port: Option<u16>,
+    to: SocketAddr,
+    nonblocking: bool,
+) -> io::Result<Socket> {
+    let unspecified = match to {
+        SocketAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+        SocketAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+    };
+    let source = source.unwrap_or(unspecified);
+    let kind = if protocol == Protocol::Tcp { Type::STREAM } else { Type::DGRAM };
+    // A fresh port may be taken by a server or a flow of the same namespace.
+    let mut tries = if source_port.is_some() { 1 } else { 100 };
+    loop {
+        tries -= 1;
+        let socket = Socket::new(Domain::for_address(to), kind, None)?;
+        if protocol == Protocol::Tcp {
+            socket.set_reuse_address(true)?;
+            socket.set_linger(Some(Duration::ZERO))?;
+        } else {
+            datagram::tell_errors(&socket, to)?;
+        }
+        let port = source_port.unwrap_or_else(fresh_port);
+        socket.set_nonblocking(nonblocking)?;
+        let connected = socket
+            .bind(&SocketAddr::new(source, port).into())
+            .and_then(|()| socket.connect(&to.into()));
+        let Err(error) = connected else { return Ok(socket) };
+        match error.raw_os_error().map(Errno::from_raw) {
+            Some(Errno::EINPROGRESS) => return Ok(socket),
+            Some(Errno::EADDRINUSE | Errno::EADDRNOTAVAIL) if tries > 0 => {}
+            _ => return Err(error),
+        }
+    }
+}
+
+/// The next source port.
+fn fresh_port() -> u16 {
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let size = PORTS.end() - PORTS.start() + 1;
+    // 65,536 is no multiple of the size: near its wrap some ports come again a little early.
+    PORTS.start() + NEXT.fetch_add(1, Ordering::Relaxed) % size
+}

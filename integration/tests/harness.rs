@@ -1,0 +1,467 @@
+//! The laboratory and its traffic, tested with plain nft rules.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use portcullis_integration::lab::{FAMILIES, Family, Host, Lab, eventually};
+use portcullis_integration::requirement::{Requirement, available};
+use portcullis_integration::traffic::{
+    Flow, Outcome, PROTOCOLS, Probe, Protocol, Server, distribution, probe, probe_many,
+};
+
+const LIMIT: Duration = Duration::from_secs(10);
+/// A Service address in both families.
+const SERVICE: [&str; 2] = ["10.96.0.10", "fd00:10:96::a"];
+
+type Expectation<'a> = &'a dyn Fn(&Outcome) -> bool;
+
+fn ready() -> bool {
+    available(&[Requirement::Root, Requirement::Nft])
+}
+
+fn service(family: Family) -> std::net::IpAddr {
+    SERVICE[usize::from(family == Family::V6)].parse().expect("an address")
+}
+
+/// Translates port 80 of [`SERVICE`] to port 8080 of `pod`, for all protocols.
+fn translate_to(pod: &Host, postrouting: &str) -> String {
+    let (v4, v6) = (pod.v4, pod.v6);
+    format!(
+        "table inet test {{
+            chain prerouting {{
+                type nat hook prerouting priority dstnat;
+                ip daddr {} meta l4proto {{ tcp, udp, sctp }} th dport 80 dnat ip to {v4}:8080
+                ip6 daddr {} meta l4proto {{ tcp, udp, sctp }} th dport 80 dnat ip6 to [{v6}]:8080
+            }}
+            chain postrouting {{
+                type nat hook postrouting priority srcnat;
+                {postrouting}
+            }}
+        }}",
+        SERVICE[0], SERVICE[1]
+    )
+}
+
+#[test]
+fn everybody_reaches_whom_they_should() -> Result<()> {
+    if !ready() {
+        return Ok(());
+    }
+    let lab = Lab::new(2)?;
+    for protocol in PROTOCOLS {
+        let hosts = [&lab.node, &lab.peer, &lab.pods[0], &lab.pods[1], &lab.remote_pod];
+        let _servers = hosts
+            .iter()
+            .map(|host| Server::start(host, host.name(), protocol, 8080))
+            .collect::<Result<Vec<_>>>()?;
+        for (from, to) in [
+            (&lab.allowed, &lab.node),
+            (&lab.refused, &lab.node),
+            (&lab.allowed, &lab.peer),
+            (&lab.peer, &lab.node),
+            (&lab.node, &lab.peer),
+            (&lab.peer, &lab.pods[0]),
+            (&lab.pods[0], &lab.pods[1]),
+            (&lab.pods[0], &lab.node),
+            (&lab.pods[1], &lab.remote_pod),
+            (&lab.remote_pod, &lab.pods[0]),
+        ] {
+            for family in FAMILIES {
+                let what = format!("{protocol:?} {family:?} {} -> {}", from.name(), to.name());
+                let outcome = probe(from, (to.address(family), 8080), protocol)?;
+                assert_eq!(outcome.by(), Some(to.name()), "{what}: {outcome:?}");
+                let seen = outcome.seen_source().map(|source| source.ip());
+                assert_eq!(seen, Some(from.address(family)), "{what}");
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn outcomes_are_told_apart() -> Result<()> {
+    if !ready() {
+        return Ok(());
+    }
+    let lab = Lab::new(1)?;
+    let pod = &lab.pods[0];
+    let _servers = PROTOCOLS
+        .iter()
+        .map(|protocol| Server::start(pod, "pod", *protocol, 8080))
+        .collect::<Result<Vec<_>>>()?;
+    let dropped = |o: &Outcome| *o == Outcome::TimedOut;
+    let refused = |o: &Outcome| *o == Outcome::Refused;
+    let answered = |o: &Outcome| o.by() == Some("pod");
+    let unreachable = |o: &Outcome| matches!(o, Outcome::Unreachable(_));
+    let every: &[Protocol] = &PROTOCOLS;
+    let cases: [(&str, &[Protocol], Expectation); 6] = [
+        ("accept", every, &answered),
+        ("drop", every, &dropped),
+        ("reject", every, &refused),
+        ("meta l4proto tcp reject with tcp reset", &[Protocol::Tcp], &refused),
+        ("reject with icmpx host-unreachable", every, &unreachable),
+        ("reject with icmpx admin-prohibited", every, &unreachable),
+    ];
+    for (rule, protocols, expected) in cases {
+        lab.node.nft(&format!(
+            "table inet test
+            delete table inet test
+            table inet test {{
+                chain forward {{
+                    type filter hook forward priority filter;
+                    meta l4proto {{ tcp, udp, sctp }} th dport 8080 {rule}
+                }}
+            }}"
+        ))?;
+        for protocol in protocols {
+            for family in FAMILIES {
+                let outcome = probe(&lab.peer, (pod.address(family), 8080), *protocol)?;
+                assert!(expected(&outcome), "{rule} {protocol:?} {family:?}: {outcome:?}");
+            }
+        }
+    }
+    // Nobody listens. A raw SCTP server keeps the kernel from saying so.
+    for protocol in [Protocol::Tcp, Protocol::Udp] {
+        for family in FAMILIES {
+            let outcome = probe(&lab.peer, (pod.address(family), 9), protocol)?;
+            assert_eq!(outcome, Outcome::Refused, "{protocol:?} {family:?}");
+        }
+    }
+    let outcome = probe(&lab.allowed, (lab.node.v4, 9), Protocol::Sctp)?;
+    assert_eq!(outcome, Outcome::Refused, "no SCTP in the kernel");
+    // An address that the node does not translate goes nowhere, whoever asks.
+    for from in [&lab.allowed, &lab.refused, pod] {
+        for family in FAMILIES {
+            let outcome = probe(from, (service(family), 80), Protocol::Tcp)?;
+            assert_eq!(outcome, Outcome::TimedOut, "{} {family:?}", from.name());
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn translation_and_masquerade_are_seen() -> Result<()> {
+    if !ready() {
+        return Ok(());
+    }
+    let lab = Lab::new(2)?;
+    for protocol in PROTOCOLS {
+        let _local = Server::start(&lab.pods[0], "local", protocol, 8080)?;
+        let _remote = Server::start(&lab.remote_pod, "remote", protocol, 8080)?;
+        for family in FAMILIES {
+            let ask = |from: &Host| probe(from, (service(family), 80), protocol);
+            let program = |pod, postrouting| {
+                lab.node.nft("table inet test\ndelete table inet test")?;
+                lab.node.nft(&translate_to(pod, postrouting))
+            };
+            let what = format!("{protocol:?} {family:?}");
+
+            program(&lab.pods[0], "")?;
+            for from in [&lab.allowed, &lab.pods[1]] {
+                let seen = ask(from)?.seen_source().context("no answer")?;
+                assert_eq!(seen.ip(), from.address(family), "{what}: not masqueraded");
+            }
+            // A pod that reaches itself drops the packet that comes from its own address.
+            assert_eq!(ask(&lab.pods[0])?, Outcome::TimedOut, "{what}: hairpin");
+
+            // Without masquerade the answer of a pod elsewhere does not pass the node.
+            program(&lab.remote_pod, "")?;
+            assert_eq!(ask(&lab.allowed)?, Outcome::TimedOut, "{what}: asymmetric");
+
+            program(&lab.pods[0], "ct status dnat masquerade fully-random")?;
+            let hairpin = ask(&lab.pods[0])?;
+            assert_eq!(hairpin.by(), Some("local"), "{what}");
+            assert_ne!(hairpin.seen_source().unwrap().ip(), lab.pods[0].address(family), "{what}");
+
+            program(&lab.remote_pod, "ct status dnat masquerade fully-random")?;
+            let masqueraded = ask(&lab.allowed)?;
+            assert_eq!(masqueraded.by(), Some("remote"), "{what}");
+            let seen = masqueraded.seen_source().context("no answer")?;
+            assert_eq!(seen.ip(), lab.node.address(family), "{what}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_firewall_keeps_the_refused_client_out() -> Result<()> {
+    if !ready() {
+        return Ok(());
+    }
+    let lab = Lab::new(0)?;
+    lab.node.nft(&format!(
+        "table inet test {{
+            chain prerouting {{
+                type filter hook prerouting priority dstnat - 10;
+                meta l4proto {{ tcp, udp, sctp }} th dport 30080 ct state new jump firewall
+            }}
+            chain firewall {{
+                ip saddr {} accept
+                ip6 saddr {} accept
+                drop
+            }}
+        }}",
+        lab.allowed.v4, lab.allowed.v6
+    ))?;
+    for protocol in PROTOCOLS {
+        let server = Server::start(&lab.node, "node", protocol, 30080)?;
+        for family in FAMILIES {
+            let to = (lab.node.address(family), 30080);
+            assert_eq!(probe(&lab.allowed, to, protocol)?.by(), Some("node"));
+            assert_eq!(probe(&lab.refused, to, protocol)?, Outcome::TimedOut);
+        }
+        assert_eq!(server.served(), 2, "{protocol:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn shares_are_counted() -> Result<()> {
+    if !ready() {
+        return Ok(());
+    }
+    let lab = Lab::new(3)?;
+    lab.node.nft(&format!(
+        "table ip test {{
+            chain prerouting {{
+                type nat hook prerouting priority dstnat;
+                ip daddr {} th dport 80 dnat to numgen random mod 4 map {{
+                    0 : 10.244.0.10, 1 : 10.244.0.10, 2 : 10.244.0.11, 3 : 10.244.0.12
+                }}
+            }}
+        }}",
+        SERVICE[0]
+    ))?;
+    for protocol in PROTOCOLS {
+        let _servers = lab
+            .pods
+            .iter()
+            .map(|pod| Server::start(pod, pod.name(), protocol, 80))
+            .collect::<Result<Vec<_>>>()?;
+        let tally = probe_many(&lab.allowed, (service(Family::V4), 80), protocol, 1000)?;
+        assert_eq!(tally.answers(), 1000, "{tally:?}");
+        assert_eq!(tally.seen_sources, [lab.allowed.v4.into()].into());
+        distribution::assert_fits(&tally, &[("pod-0", 2), ("pod-1", 1), ("pod-2", 1)]);
+        let even = [("pod-0", 1), ("pod-1", 1), ("pod-2", 1)];
+        let wrong = catch_unwind(|| distribution::assert_fits(&tally, &even));
+        assert!(wrong.is_err(), "an uneven distribution passed for an even one: {tally:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn refusals_are_not_rate_limited() -> Result<()> {
+    if !ready() {
+        return Ok(());
+    }
+    let lab = Lab::new(0)?;
+    lab.node.nft(
+        "table inet test {
+            chain input { type filter hook input priority 0; th dport 30080 reject; }
+        }",
+    )?;
+    for protocol in PROTOCOLS {
+        for family in FAMILIES {
+            let to = (lab.node.address(family), 30080);
+            let tally = probe_many(&lab.refused, to, protocol, 300)?;
+            assert_eq!(tally.refused, 300, "{protocol:?} {family:?}: {tally:?}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn probes_choose_their_source() -> Result<()> {
+    if !ready() {
+        return Ok(());
+    }
+    let lab = Lab::new(0)?;
+    lab.allowed.ip(&["addr add 192.0.2.77/24 dev eth0"])?;
+    for protocol in PROTOCOLS {
+        let _server = Server::start(&lab.node, "node", protocol, 8080)?;
+        let ask = Probe::new((lab.node.v4, 8080), protocol);
+        let outcome = ask.source([192, 0, 2, 77]).source_port(1234).run(&lab.allowed)?;
+        assert_eq!(outcome.seen_source(), Some("192.0.2.77:1234".parse()?), "{protocol:?}");
+        assert!(ask.source([192, 0, 2, 78]).run(&lab.allowed).is_err(), "not its address");
+    }
+    Ok(())
+}
+
+#[test]
+fn flows_live_and_die() -> Result<()> {
+    if !ready() {
+        return Ok(());
+    }
+    let lab = Lab::new(1)?;
+    for protocol in [Protocol::Tcp, Protocol::Udp] {
+        for family in FAMILIES {
+            let what = format!("{protocol:?} {family:?}");
+            lab.node.nft("table inet test\ndelete table inet test")?;
+            let to = (lab.pods[0].address(family), 8080);
+            assert!(Flow::open(&lab.peer, to, protocol).is_err(), "{what}: nobody listens");
+            let server = Server::start(&lab.pods[0], "pod", protocol, 8080)?;
+            let mut flow = Flow::open(&lab.peer, to, protocol)?;
+            assert_eq!(flow.by(), "pod", "{what}");
+            assert_eq!(flow.first().seen_source(), Some(flow.local()?), "{what}");
+            assert!(flow.alive()? && flow.alive()?, "{what}");
+            lab.node.nft(
+                "table inet test {
+                    chain forward { type filter hook forward priority 0; th dport 8080 drop; }
+                }",
+            )?;
+            assert_eq!(flow.exchange()?, Outcome::TimedOut, "{what}: dropped");
+            lab.node.nft("delete table inet test")?;
+            assert!(eventually(LIMIT, || flow.alive().unwrap_or(false)), "{what}: comes back");
+            drop(server);
+            assert_eq!(flow.exchange()?, Outcome::Refused, "{what}: the server is gone");
+        }
+    }
+    assert!(Flow::open(&lab.peer, (lab.pods[0].v4, 1), Protocol::Sctp).is_err());
+    Ok(())
+}
+
+#[test]
+fn laboratories_do_not_see_each_other() -> Result<()> {
+    if !ready() {
+        return Ok(());
+    }
+    let labs = [Lab::new(0)?, Lab::new(0)?];
+    for (lab, name) in labs.iter().zip(["first", "second"]) {
+        let _server = Server::start(&lab.node, name, Protocol::Tcp, 8080)?;
+        for other in &labs {
+            let outcome = probe(&other.allowed, (other.node.v4, 8080), Protocol::Tcp)?;
+            let expected = std::ptr::eq(lab, other).then_some(name);
+            assert_eq!(outcome.by(), expected);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn commands_run_inside() -> Result<()> {
+    if !ready() {
+        return Ok(());
+    }
+    let lab = Lab::new(0)?;
+    assert!(lab.node.run(&["ip", "-o", "addr"])?.contains("192.168.77.1/24"));
+    assert_eq!(lab.node.sysctl("net.ipv4.ip_forward")?, "1");
+    assert_eq!(lab.allowed.sysctl("net.ipv4.ip_forward")?, "0");
+    let error = format!("{:#}", lab.node.nft("nonsense").unwrap_err());
+    assert!(error.contains("in node: `nft -f -` failed") && error.contains("syntax error"));
+    assert!(lab.node.run(&["no-such-program"]).is_err());
+    let mut command = Command::new("sh");
+    command.args(["-c", "echo out; echo err >&2; exit 3"]);
+    let output = lab.node.output(command)?;
+    assert_eq!(
+        (output.status.code(), &*output.stdout, &*output.stderr),
+        (Some(3), &b"out\n"[..], &b"err\n"[..])
+    );
+    // More than a pipe holds, both ways.
+    let long = "x".repeat(1 << 20);
+    assert_eq!(lab.node.run_with_input(&["cat"], &long)?, long);
+    let local = lab.node.block_on(async {
+        let socket = tokio::net::UdpSocket::bind("192.168.77.1:0").await?;
+        socket.local_addr()
+    })?;
+    assert_eq!(local.ip(), lab.node.v4);
+    Ok(())
+}
+
+#[test]
+fn processes_are_watched_and_ended() -> Result<()> {
+    if !ready() {
+        return Ok(());
+    }
+    let lab = Lab::new(0)?;
+    let sh = |script: &str| {
+        let mut command = Command::new("sh");
+        command.args(["-c", script]).env("WORD", "hello");
+        lab.spawn(&command, "script")
+    };
+    let mut process =
+        sh("echo $WORD; echo trouble >&2; trap 'exit 7' TERM; while :; do sleep 0.01; done")?;
+    process.wait_for_output("trouble", LIMIT)?;
+    assert_eq!(process.stdout(), "hello\n");
+    assert!(process.is_running());
+    assert_eq!(process.terminate(LIMIT)?.code(), Some(7));
+    let mut process = sh("exit 0")?;
+    assert!(process.wait_for_output("never", LIMIT).is_err());
+    assert!(process.wait(LIMIT)?.success());
+    let process = sh("exec sleep 300")?;
+    let pid = process.pid().as_raw();
+    assert!(is_alive(pid));
+    process.kill()?;
+    assert!(!is_alive(pid));
+    Ok(())
+}
+
+#[test]
+fn a_panic_leaves_nothing_behind() -> Result<()> {
+    if !ready() {
+        return Ok(());
+    }
+    let mut left = None;
+    let result = catch_unwind(AssertUnwindSafe(|| {
+        let lab = Lab::new(1).expect("a laboratory");
+        let process = lab.spawn(Command::new("sleep").arg("300"), "sleep").expect("a process");
+        left = Some((process.pid().as_raw(), lab.directory().to_owned()));
+        panic!("on purpose");
+    }));
+    assert!(result.is_err());
+    let (pid, directory) = left.context("the closure did not get far")?;
+    assert!(!is_alive(pid));
+    assert!(!directory.exists());
+    Ok(())
+}
+
+#[test]
+fn a_killed_run_leaves_nothing_behind() -> Result<()> {
+    if !ready() {
+        return Ok(());
+    }
+    let mut victim = Command::new(std::env::current_exe()?)
+        .args(["--exact", "victim", "--ignored", "--nocapture"])
+        .env(VICTIM, "1")
+        .stdout(Stdio::piped())
+        .spawn()?;
+    let mut lines = BufReader::new(victim.stdout.take().context("no stdout")?).lines();
+    let line = lines
+        .find_map(|line| line.ok()?.split_once("left behind: ").map(|(_, rest)| rest.to_owned()))
+        .context("the victim did not get far")?;
+    let (pid, directory) = line.split_once(' ').context("not a pid and a directory")?;
+    let (pid, directory) = (pid.parse()?, Path::new(directory));
+    assert!(is_alive(pid) && directory.exists());
+    victim.kill()?;
+    victim.wait()?;
+    assert!(eventually(LIMIT, || !is_alive(pid)), "process {pid} lives");
+    assert!(eventually(LIMIT, || !directory.exists()), "{} is there", directory.display());
+    Ok(())
+}
+
+const VICTIM: &str = "PORTCULLIS_TEST_VICTIM";
+
+/// Is killed by the test above.
+#[test]
+#[ignore = "run by a_killed_run_leaves_nothing_behind"]
+fn victim() -> Result<()> {
+    if std::env::var_os(VICTIM).is_none() {
+        return Ok(());
+    }
+    let lab = Lab::new(1)?;
+    let process = lab.spawn(Command::new("sleep").arg("300"), "sleep")?;
+    let base = lab.directory().parent().context("no parent")?;
+    println!("left behind: {} {}", process.pid(), base.display());
+    std::thread::sleep(Duration::from_secs(60));
+    Ok(())
+}
+
+/// Whether a process exists and is no zombie.
+fn is_alive(pid: i32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with('Z'))
+}
