@@ -172,35 +172,37 @@ impl Worker {
         revoked: &mut Vec<Revocation>,
         on_surprise: Surprise,
     ) {
-        let mut batch = Batch::new(TABLE);
-        let step = self.applied.stage(targets, &mut batch);
-        let result = if batch.operations() == 0 { Ok(()) } else { self.socket.commit(batch) };
-        let error = match result {
-            Ok(()) => return self.install(step, revoked),
-            Err(error) => error,
-        };
-        let targets = step.into_changes();
-        if on_surprise == Surprise::Resync && is_surprise(&error) {
-            tracing::warn!(
-                error = &error as &dyn std::error::Error,
-                "the table is not as it was left: taking it over anew",
-            );
-            match self.resync() {
-                Ok(_) => refused.extend(self.refused.clone()),
-                Err(error) => refuse_all(targets, error, refused),
-            }
-            return;
-        }
-        match split(targets, &error) {
-            Split::Guilty(guilty, rest) => {
-                refuse_all(guilty, error, refused);
-                if !rest.is_empty() {
-                    self.commit_targets(rest, refused, revoked, on_surprise);
+        // Every part that fails becomes smaller parts, so this ends.
+        let mut parts = vec![targets];
+        while let Some(targets) = parts.pop() {
+            let mut batch = Batch::new(TABLE);
+            let step = self.applied.stage(targets, &mut batch);
+            let result = if batch.operations() == 0 { Ok(()) } else { self.socket.commit(batch) };
+            let Err(error) = result else {
+                self.install(step, revoked);
+                continue;
+            };
+            if on_surprise == Surprise::Resync && is_surprise(&error) {
+                tracing::warn!(
+                    error = &error as &dyn std::error::Error,
+                    "the table is not as it was left: taking it over anew",
+                );
+                match self.resync() {
+                    Ok(_) => refused.extend(self.refused.clone()),
+                    Err(error) => {
+                        let error = CommitError::Kernel(Arc::new(error));
+                        let left = parts.into_iter().flatten().chain(step.into_changes());
+                        refused.extend(left.map(|(subject, _)| (subject, error.clone())));
+                    }
                 }
+                return;
             }
-            Split::Halves(first, second) => {
-                self.commit_targets(first, refused, revoked, on_surprise);
-                self.commit_targets(second, refused, revoked, on_surprise);
+            match split(step.into_changes(), &error) {
+                Split::Guilty(guilty, rest) => {
+                    refuse_all(guilty, error, refused);
+                    parts.extend((!rest.is_empty()).then_some(rest));
+                }
+                Split::Halves(first, second) => parts.extend([second, first]),
             }
         }
     }
@@ -354,7 +356,9 @@ fn is_surprise(error: &Error) -> bool {
         matches!(refusal.error.raw_os_error(), Some(nix::libc::ENOENT | nix::libc::EEXIST))
     };
     match error {
-        Error::Refused(refusals) => refusals.iter().any(surprising),
+        // What follows the first may be its consequence: what leads to a chain that was refused
+        // does not find it.
+        Error::Refused(refusals) => refusals.first().is_some_and(surprising),
         Error::Receive(_) => true,
         _ => false,
     }
@@ -388,7 +392,13 @@ enum Split {
 fn split(targets: Vec<Target>, error: &Error) -> Split {
     let guilty: BTreeSet<usize> = match error {
         Error::Refused(refusals) => {
-            refusals.iter().filter_map(|refusal| Some(refusal.tag? as usize)).collect()
+            let missing = |r: &&Refusal| r.error.kind() == io::ErrorKind::NotFound;
+            let tags = |refusals: Vec<&Refusal>| {
+                refusals.into_iter().filter_map(|r| Some(r.tag? as usize)).collect()
+            };
+            // Who only misses something may miss what another was refused.
+            let (missing, causes): (Vec<_>, Vec<_>) = refusals.iter().partition(missing);
+            tags(if causes.is_empty() { missing } else { causes })
         }
         _ => BTreeSet::new(),
     };
