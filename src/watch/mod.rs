@@ -6,6 +6,7 @@
 
 mod index;
 pub mod lower;
+pub mod manifests;
 
 use std::sync::Arc;
 
