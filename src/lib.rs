@@ -10,6 +10,6 @@ pub mod model;
 pub mod netlink;
 pub mod plan;
 pub mod refused;
-// pub mod report;
+pub mod report;
 pub mod ruleset;
 pub mod watch;
