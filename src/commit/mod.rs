@@ -115,15 +115,21 @@ impl Committer {
         node: NodeContext,
         plans: Vec<ServicePlan>,
     ) -> Result<Adoption, CommitError> {
-        self.ask(|reply| Request::Adopt(node, plans, reply)).await?
+        answered(self.ask(|reply| Request::Adopt(node, plans, reply))).await?
     }
 
-    /// Hands over a change and waits until it is committed, together with all others that wait.
+    /// Hands over a change, and gives a future that waits until it is committed, together with all
+    /// others that wait. The change is in the queue when this returns, so who calls under a lock
+    /// knows the order in which changes are made.
     ///
     /// # Errors
     /// When the kernel refuses this subject, and what it holds of it is still the old state.
-    pub async fn commit(&self, change: Change) -> Result<(), CommitError> {
-        self.ask(|reply| Request::Change(change, reply)).await?
+    pub fn commit(
+        &self,
+        change: Change,
+    ) -> impl Future<Output = Result<(), CommitError>> + Send + use<> {
+        let asked = self.ask(|reply| Request::Change(change, reply));
+        async { answered(asked).await? }
     }
 
     /// Tries once more what the kernel refused before.
@@ -134,17 +140,21 @@ impl Committer {
 
     /// Waits until everything that was handed over is done, revoked flows included.
     pub async fn flush(&self) {
-        let _ = self.ask(Request::Flush).await;
+        let _ = answered(self.ask(Request::Flush)).await;
     }
 
-    async fn ask<T>(
+    fn ask<T>(
         &self,
         request: impl FnOnce(oneshot::Sender<T>) -> Request,
-    ) -> Result<T, CommitError> {
+    ) -> Result<oneshot::Receiver<T>, CommitError> {
         let (reply, answer) = oneshot::channel();
         self.requests.send(request(reply)).map_err(|_| CommitError::Ended)?;
-        answer.await.map_err(|_| CommitError::Ended)
+        Ok(answer)
     }
+}
+
+async fn answered<T>(asked: Result<oneshot::Receiver<T>, CommitError>) -> Result<T, CommitError> {
+    asked?.await.map_err(|_| CommitError::Ended)
 }
 
 fn run(mut worker: Worker, queue: &mpsc::Receiver<Request>) {
