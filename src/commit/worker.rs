@@ -15,7 +15,7 @@ use super::{Adoption, Change, CommitError, Report};
 use crate::model::NodeContext;
 use crate::netlink::{self, Batch, Error, Refusal, Socket, TableFlags};
 use crate::plan::{Desired, ServicePlan};
-use crate::ruleset::{Contribution, Subject, TABLE};
+use crate::ruleset::{Contribution, SetName, Subject, TABLE, endpoint_keys};
 
 /// A subject and the contribution that it shall have.
 type Target = (Subject, Option<Contribution>);
@@ -229,7 +229,7 @@ impl Worker {
         for _ in 0..=subjects.len() {
             let subjects: Vec<&Subject> =
                 subjects.iter().filter(|s| !self.refused.contains_key(s)).collect();
-            let dump = self.socket.dump_table(TABLE)?;
+            let dump = self.dump()?;
             let present = dump.is_some();
             let found = dump.and_then(Found::new);
             let targets: Vec<Target> = subjects
@@ -263,6 +263,23 @@ impl Worker {
             }
         }
         Err(Error::Interrupted)
+    }
+
+    /// Lists the table, knowing which endpoints it should have.
+    fn dump(&mut self) -> Result<Option<netlink::TableDump>, Error> {
+        let desired = &self.desired;
+        self.socket.dump_table_expecting(TABLE, |set| {
+            let fixed = SetName::fixed().into_iter().find(|fixed| fixed.name() == set)?;
+            if !matches!(fixed, SetName::Endpoints(_) | SetName::NodePortEndpoints(_)) {
+                return None;
+            }
+            let plans = desired.services().filter_map(|service| desired.effective(service));
+            let keys = plans.flat_map(|plan| {
+                let keys = endpoint_keys(&plan).filter(|key| key.set == fixed);
+                keys.map(|key| key.bytes.as_slice().to_vec()).collect::<Vec<_>>()
+            });
+            Some(keys.collect())
+        })
     }
 
     /// Adopts or lays out the table in one transaction.

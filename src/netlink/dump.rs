@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io;
 
-use super::attribute::{find, iter, put_str, string, u32_of, u64_of};
+use super::attribute::{find, iter, nest, put, put_str, string, u32_of, u64_of};
 use super::batch::{
     HEADERS, NFT_MSG_NEWCHAIN, NFT_MSG_NEWRULE, NFT_MSG_NEWSET, NFT_MSG_NEWSETELEM,
     NFT_MSG_NEWTABLE, SUBSYSTEM, begin_message, end_message,
@@ -27,6 +27,12 @@ const NFGENMSG: usize = 4;
 const NLM_F_ACK: u16 = 0x4;
 /// How often a listing is begun anew because the ruleset changed under it.
 const ATTEMPTS: usize = 20;
+
+/// From how many elements on asking for each is faster than listing.
+const MANY: u32 = 100_000;
+/// How many elements are asked for at once: each answer is a message of its own, and all of them
+/// wait in the receive buffer.
+const LOOKUPS: usize = 500;
 
 /// A table with everything in it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -68,6 +74,8 @@ pub struct SetDump {
     pub key_type: u32,
     /// nft's type of the data; 0 for a set.
     pub data_type: u32,
+    /// How many elements it has, where the kernel says so (`NFTA_SET_COUNT`, Linux 6.16).
+    pub count: Option<u32>,
     /// Its comment.
     pub comment: Option<String>,
     /// Its elements; intervals as one element with both ends. In no particular order.
@@ -99,8 +107,22 @@ impl Socket {
     /// [`Error::List`] with the kernel's reason (`EPERM` without the right to list, `EOPNOTSUPP` or `EINVAL`
     /// without nf_tables), [`Error::Interrupted`] if the ruleset never stood still.
     pub fn dump_table(&mut self, table: &str) -> Result<Option<TableDump>, Error> {
+        self.dump_table_expecting(table, |_| None)
+    }
+
+    /// [`Socket::dump_table`] for a caller who knows which keys some sets should have: `expected`
+    /// gives them for the set of a name. The result is the same.
+    ///
+    /// The kernel walks a hash set from its beginning for every 32 KiB of a listing, so listing n
+    /// elements takes time in the order of n squared (a million: half a minute). Asking for each
+    /// key does not; if all of them are there and the set has no more elements, that is all of it.
+    pub fn dump_table_expecting(
+        &mut self,
+        table: &str,
+        mut expected: impl FnMut(&str) -> Option<Vec<Vec<u8>>>,
+    ) -> Result<Option<TableDump>, Error> {
         for _ in 0..ATTEMPTS {
-            match self.try_dump_table(table) {
+            match self.try_dump_table(table, &mut expected) {
                 Ok(dump) => return Ok(dump),
                 Err((_, ListError::Interrupted)) => {}
                 Err((_, ListError::Failed(error))) => return Err(error),
@@ -115,6 +137,7 @@ impl Socket {
     fn try_dump_table(
         &mut self,
         table: &str,
+        expected: &mut impl FnMut(&str) -> Option<Vec<Vec<u8>>>,
     ) -> Result<Option<TableDump>, (&'static str, ListError)> {
         let mut dump = None;
         // Not a dump, so nothing but an acknowledgement tells where the answer ends.
@@ -137,7 +160,14 @@ impl Socket {
         self.dump_rules(table, &mut dump).map_err(|e| ("nf_tables rules", e))?;
         self.dump_sets(table, &mut dump).map_err(|e| ("nf_tables sets", e))?;
         for (name, set) in &mut dump.sets {
-            self.dump_elements(table, name, set).map_err(|e| ("nf_tables set elements", e))?;
+            let whole = match set.count.filter(|count| *count >= MANY).and_then(|_| expected(name))
+            {
+                Some(keys) => self.look_up_all(table, name, set, &keys),
+                None => Ok(false),
+            };
+            whole
+                .and_then(|whole| if whole { Ok(()) } else { self.dump_elements(table, name, set) })
+                .map_err(|e| ("nf_tables set elements", e))?;
         }
         Ok(Some(dump))
     }
@@ -170,9 +200,10 @@ impl Socket {
         let request = request(NFT_MSG_GETSET, NLM_F_DUMP, |out| put_str(out, 1, table));
         self.list_kind(request, NFT_MSG_NEWSET, |attributes| {
             let set = SetDump {
-                flags: number(attributes, 3),        // NFTA_SET_FLAGS
-                key_type: number(attributes, 4),     // NFTA_SET_KEY_TYPE
-                data_type: number(attributes, 6),    // NFTA_SET_DATA_TYPE
+                flags: number(attributes, 3),                 // NFTA_SET_FLAGS
+                key_type: number(attributes, 4),              // NFTA_SET_KEY_TYPE
+                data_type: number(attributes, 6),             // NFTA_SET_DATA_TYPE
+                count: find(attributes, 20).and_then(u32_of), // NFTA_SET_COUNT
                 comment: comment(attributes, 13, 7), // NFTA_SET_USERDATA, NFTNL_UDATA_SET_COMMENT
                 elements: Vec::new(),
             };
@@ -208,6 +239,49 @@ impl Socket {
             join_intervals(&mut set.elements, ends);
         }
         Ok(())
+    }
+
+    /// Reads the elements with these keys. Gives whether they are all of the set; if not, the
+    /// set's elements stay empty.
+    fn look_up_all(
+        &mut self,
+        table: &str,
+        name: &str,
+        set: &mut SetDump,
+        keys: &[Vec<u8>],
+    ) -> Result<bool, ListError> {
+        if set.count.map(|count| count as usize) != Some(keys.len()) {
+            return Ok(false);
+        }
+        let mut elements = Vec::with_capacity(keys.len());
+        for keys in keys.chunks(LOOKUPS) {
+            let request = request(NFT_MSG_GETSETELEM, NLM_F_ACK, |out| {
+                put_str(out, 1, table); // NFTA_SET_ELEM_LIST_TABLE
+                put_str(out, 2, name); // NFTA_SET_ELEM_LIST_SET
+                nest(out, 3, |out| {
+                    for key in keys {
+                        // NFTA_SET_ELEM_KEY, NFTA_DATA_VALUE
+                        nest(out, LIST_ELEM, |out| nest(out, 1, |out| put(out, 1, key)));
+                    }
+                }); // NFTA_SET_ELEM_LIST_ELEMENTS
+            });
+            let found = self.list_kind(request, NFT_MSG_NEWSETELEM, |attributes| {
+                let list = find(attributes, 3).unwrap_or_default();
+                elements.extend(iter(list).map(|(_, attributes)| element(attributes)));
+            });
+            match found {
+                Ok(()) => {}
+                Err(ListError::Refused(error)) if error.kind() == io::ErrorKind::NotFound => {
+                    return Ok(false);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        let complete = elements.len() == keys.len();
+        if complete {
+            set.elements = elements;
+        }
+        Ok(complete)
     }
 
     /// Lists the answers of one kind, by their attributes.

@@ -1,0 +1,185 @@
+//! The flags, as they are typed. What they mean is said by the commands.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use ipnet::IpNet;
+use portcullis::model::NodePortAddresses;
+
+/// Kubernetes Service proxy for nftables with a firewall on every NodePort.
+#[derive(Debug, Parser)]
+#[command(version, about, max_term_width = 100, after_help = "\
+Exit codes: 0 fine; 1 something is not as it should be (drift, a refused Service, an object that is \
+not understood); 2 the command could not do its work (usage, rights, no nf_tables, no source).
+
+Logs go to standard error; RUST_LOG chooses them, for example RUST_LOG=debug or RUST_LOG=portcullis=trace.")]
+pub struct Arguments {
+    /// How log lines look.
+    #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text, env = "PORTCULLIS_LOG_FORMAT")]
+    pub log_format: LogFormat,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What can be asked for.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Program this node for the Services of a cluster or a directory, and follow their changes.
+    Run(RunOptions),
+    /// Print the ruleset that manifests lead to; needs neither root nor a cluster.
+    Plan(PlanOptions),
+    /// Compare the kernel with what is desired, and list who may reach each node port.
+    Audit(AuditOptions),
+    /// Remove everything that portcullis has put into the kernel.
+    Cleanup,
+    /// Print the version.
+    Version(VersionOptions),
+    /// Print a completion script for a shell.
+    #[command(after_help = "Example: portcullis completions bash > /etc/bash_completion.d/portcullis")]
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  portcullis run --manifests ./services --node-name node-1     a directory of YAML, no cluster
+  portcullis run --manifests ./services --node-name node-1 --once
+  portcullis run --node-name \"$NODE_NAME\"                      in a pod of a DaemonSet
+  portcullis run --kubeconfig ~/.kube/config --node-name node-1 --nodeport-addresses 192.0.2.0/24")]
+pub struct RunOptions {
+    #[command(flatten)]
+    pub source: SourceOptions,
+    #[command(flatten)]
+    pub node: NodeOptions,
+    /// Program what the source holds now, print a summary and exit; the rules stay in force.
+    #[arg(long)]
+    pub once: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Diagnostics go to standard error; the exit code is 1 if one of them is an error.
+
+Examples:
+  portcullis plan -f web.yaml --node-name node-1
+  portcullis plan -f ./services -o json | jq .diagnostics")]
+pub struct PlanOptions {
+    /// A file of manifests, or a directory of such files.
+    #[arg(short, long = "file", value_name = "FILE|DIR")]
+    pub file: PathBuf,
+    #[command(flatten)]
+    pub node: NodeOptions,
+    /// What to print.
+    #[arg(short, long, value_enum, default_value_t = Output::Text)]
+    pub output: Output,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+The kernel is read with the nft program, so nftables must be installed; the exit code is 1 if the
+kernel differs from what is desired.
+
+Examples:
+  portcullis audit --manifests ./services --node-name node-1
+  portcullis audit --node-name \"$NODE_NAME\" -o json | jq '.exposures[] | select(.sources == \"everyone\")'")]
+pub struct AuditOptions {
+    #[command(flatten)]
+    pub source: SourceOptions,
+    #[command(flatten)]
+    pub node: NodeOptions,
+    /// What to print.
+    #[arg(short, long, value_enum, default_value_t = Output::Text)]
+    pub output: Output,
+}
+
+#[derive(Debug, Args)]
+pub struct VersionOptions {
+    /// What to print.
+    #[arg(short, long, value_enum, default_value_t = Output::Text)]
+    pub output: Output,
+}
+
+/// Where Services come from. Without a flag: the API server that the environment names
+/// (`KUBECONFIG`, `~/.kube/config`, or the pod that this runs in).
+#[derive(Debug, Args)]
+pub struct SourceOptions {
+    /// Read Services, EndpointSlices and Nodes from the YAML files of a directory.
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["kubeconfig", "context"], env = "PORTCULLIS_MANIFESTS")]
+    pub manifests: Option<PathBuf>,
+    /// Reach the API server with this file [default: KUBECONFIG, ~/.kube/config, or the pod's own].
+    #[arg(long, value_name = "FILE")]
+    pub kubeconfig: Option<PathBuf>,
+    /// The kubeconfig's context to use [default: its current context].
+    #[arg(long, value_name = "NAME")]
+    pub context: Option<String>,
+}
+
+/// The node that this runs on.
+#[derive(Debug, Args)]
+pub struct NodeOptions {
+    /// The node's name in the cluster [default: the host's name, in lower case].
+    #[arg(long, value_name = "NAME", env = "NODE_NAME")]
+    pub node_name: Option<String>,
+    /// Where node ports are served: `primary` for the node's first address of each family, or a
+    /// list of CIDRs for all of its addresses in them.
+    #[arg(long, value_name = "primary|CIDR,...", default_value = "primary", value_parser = nodeport_addresses)]
+    pub nodeport_addresses: NodePortAddresses,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    /// For people.
+    Text,
+    /// For programs.
+    Json,
+}
+
+fn nodeport_addresses(text: &str) -> Result<NodePortAddresses, String> {
+    if text == "primary" {
+        return Ok(NodePortAddresses::Primary);
+    }
+    let cidrs: Result<Vec<IpNet>, String> = text
+        .split(',')
+        .map(|entry| {
+            let entry = entry.trim();
+            entry.parse().map_err(|_| format!("{entry:?} is neither `primary` nor a CIDR"))
+        })
+        .collect();
+    cidrs.map(NodePortAddresses::Cidrs)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn nodeport_addresses_are_primary_or_cidrs() {
+        assert_eq!(nodeport_addresses("primary"), Ok(NodePortAddresses::Primary));
+        let cidrs = ["10.0.0.0/8", "2001:db8::/32"].map(|cidr| cidr.parse().unwrap()).to_vec();
+        assert_eq!(
+            nodeport_addresses("10.0.0.0/8, 2001:db8::/32"),
+            Ok(NodePortAddresses::Cidrs(cidrs))
+        );
+        for wrong in ["", "10.0.0.0", "primary,10.0.0.0/8", "10.0.0.0/8,"] {
+            assert!(nodeport_addresses(wrong).is_err(), "{wrong:?}");
+        }
+    }
+}

@@ -1,0 +1,118 @@
+//! `portcullis run`
+
+use std::future::Future;
+
+use anyhow::Context;
+use portcullis::commit::{Adoption, Committer, Worker};
+use portcullis::model::Severity;
+use portcullis::report::Reporter;
+use portcullis::watch::{Index, Options, cluster, manifests};
+use portcullis::{refused, ruleset};
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::arguments::RunOptions;
+use super::kernel::{explain_commit, open_worker};
+use super::source::{Source, open, options};
+use super::{Verdict, print};
+
+pub fn run(arguments: &RunOptions) -> anyhow::Result<Verdict> {
+    let options = options(&arguments.node)?;
+    let reporter = Reporter::default();
+    let reports = reporter.clone();
+    let worker = open_worker(move |report| reports.committed(report))?;
+    // The work is in the committing thread; this only waits for events.
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")?;
+    runtime.block_on(async {
+        let source = open(&arguments.source).await?;
+        if arguments.once {
+            once(source, &options, worker, &reporter).await
+        } else {
+            follow(source, options, worker, reporter).await
+        }
+    })
+}
+
+/// Programs the node and keeps it so until a signal ends the process. The rules stay in force.
+async fn follow(
+    source: Source,
+    options: Options,
+    worker: Worker,
+    reporter: Reporter,
+) -> anyhow::Result<Verdict> {
+    let shutdown = shutdown().context("cannot wait for signals")?;
+    refused::log_in_background(ruleset::REFUSED_LOG_GROUP);
+    let (committer, thread) = Committer::start(worker);
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), node = &*options.node_name, "starting");
+    match source {
+        Source::Manifests(directory) => {
+            manifests::run(&directory, &options, committer, reporter, shutdown).await?;
+        }
+        Source::Cluster(client) => {
+            cluster::run(client, &options, committer, reporter, shutdown).await?;
+        }
+    }
+    // Every handle is gone, so the thread ends when it has done what was queued.
+    tokio::task::spawn_blocking(move || thread.join()).await?.ok().context("the committer failed")?;
+    tracing::info!("ended; the rules stay in force");
+    Ok(Verdict::Fine)
+}
+
+/// Programs what the source holds now.
+async fn once(
+    source: Source,
+    options: &Options,
+    mut worker: Worker,
+    reporter: &Reporter,
+) -> anyhow::Result<Verdict> {
+    let index = match source {
+        Source::Manifests(directory) => {
+            let loaded = manifests::load(&directory, options)?;
+            reporter.files(loaded.diagnostics);
+            loaded.index
+        }
+        Source::Cluster(client) => cluster::load(client, options).await?,
+    };
+    let adoption = worker
+        .adopt(index.context(), index.plans().collect())
+        .map_err(explain_commit)?;
+    worker.finish_revocations();
+    print(&summary(&index, adoption))?;
+    let errors = reporter.diagnostics().iter().any(|d| d.severity == Severity::Error);
+    Ok(Verdict::found(errors || worker.has_refused()))
+}
+
+fn summary(index: &Index, adoption: Adoption) -> String {
+    let services = index.services().count();
+    let firewalled = index
+        .services()
+        .filter(|s| s.node_port_sources != portcullis::model::SourceRestriction::Unrestricted)
+        .count();
+    let table = match (adoption.found, adoption.replaced) {
+        (false, _) => "made",
+        (true, false) => "adopted",
+        (true, true) => "replaced",
+    };
+    format!(
+        "table inet {} {table}: {services} Services, {firewalled} of them with source restrictions; \
+         {} kernel operations\n",
+        ruleset::TABLE,
+        adoption.operations,
+    )
+}
+
+/// Completes when the process is told to end.
+fn shutdown() -> std::io::Result<impl Future<Output = ()> + Send + 'static> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        tracing::info!("told to end");
+    })
+}
