@@ -19,7 +19,7 @@ build: ## Build the release binary: target/release/portcullis
 
 demo: ## Show allowed and refused clients on a NodePort, in network namespaces; no cluster (root)
 	@$(PREPARE) demo
-	@$(CARGO) build --locked --quiet --bin portcullis --package portcullis-integration --bin demo
+	@$(CARGO) build --locked --quiet --workspace --bin portcullis --bin demo
 	@target/debug/demo
 
 test: ## Run every test: unit, golden, laws, real kernel, real API server (root)

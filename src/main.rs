@@ -1,3 +1,9 @@
-//! The `portcullis` command.
+//! The `portcullis` command. Everything but the command line lives in the library.
 
-fn main() {}
+mod cli;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    cli::main()
+}

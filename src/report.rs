@@ -2,9 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use crate::commit::{CommitError, Report};
+use crate::commit::{Adoption, CommitError, Report};
 use crate::model::{Diagnostic, Node, ObjectKind, ObjectRef, Severity};
 use crate::ruleset::Subject;
 
@@ -16,6 +16,7 @@ use crate::ruleset::Subject;
 pub struct Reporter {
     node_name: Arc<str>,
     found: Arc<Mutex<BTreeMap<Origin, BTreeSet<Diagnostic>>>>,
+    adoption: Arc<OnceLock<Adoption>>,
 }
 
 /// Who says so: a later word of the same origin replaces an earlier one.
@@ -29,7 +30,20 @@ enum Origin {
 impl Reporter {
     /// A reporter that has heard nothing yet, on the node of this name.
     pub fn new(node_name: Arc<str>) -> Reporter {
-        Reporter { node_name, found: Arc::default() }
+        Reporter { node_name, found: Arc::default(), adoption: Arc::default() }
+    }
+
+    /// Takes that the kernel holds for the first time what it should.
+    pub fn adopted(&self, adoption: Adoption, services: usize) {
+        let Adoption { found, replaced, operations } = adoption;
+        tracing::info!(services, found, replaced, operations, "the kernel holds what it should");
+        // A source adopts once.
+        let _ = self.adoption.set(adoption);
+    }
+
+    /// What the first commit did; `None` until it is done. From then on the node is served.
+    pub fn adoption(&self) -> Option<Adoption> {
+        self.adoption.get().copied()
     }
 
     /// Takes what became of a subject when it was committed.
@@ -211,6 +225,16 @@ mod tests {
         let lines = logged(|| reporter.commit(report(&[], None)));
         assert!(lines[0].starts_with("INFO a problem of an object is resolved"), "{lines:?}");
         assert_eq!(reporter.diagnostics(), []);
+    }
+
+    #[test]
+    fn keeps_the_first_adoption() {
+        let reporter = Reporter::new("worker".into());
+        assert_eq!(reporter.adoption(), None);
+        let adoption = Adoption { found: true, replaced: false, operations: 7 };
+        reporter.clone().adopted(adoption, 3);
+        reporter.adopted(Adoption::default(), 0);
+        assert_eq!(reporter.adoption(), Some(adoption));
     }
 
     #[test]

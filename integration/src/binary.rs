@@ -23,7 +23,10 @@ fn build() -> Result<PathBuf> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("the workspace")?;
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);
-    command.args(["build", "--quiet", "--locked", "--bin", "portcullis"]).current_dir(root);
+    // With the features that a test run of the workspace has, so that nothing is built twice.
+    command
+        .args(["build", "--quiet", "--locked", "--workspace", "--bin", "portcullis"])
+        .current_dir(root);
     // A test of a release build drives a release build.
     let own = std::env::current_exe().context("where this program is")?;
     let release = own.components().any(|part| part.as_os_str() == "release");

@@ -12,7 +12,7 @@ use crate::lab::{Lab, Process};
 /// How long the daemon may take until it has programmed its node: far more than it needs.
 const START_LIMIT: Duration = Duration::from_secs(30);
 /// What the daemon logs when the node is programmed for the first time.
-const PROGRAMMED: &str = "programmed";
+const PROGRAMMED: &str = "the kernel holds what it should";
 
 /// The name by which manifests and API objects know the node of the laboratory.
 pub const NODE_NAME: &str = "node-1";

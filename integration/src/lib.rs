@@ -29,6 +29,9 @@
 //!
 //! Nothing outlives a test process, however it ends: see [`lab`].
 
+pub mod binary;
+pub mod daemon;
 pub mod lab;
+pub mod manifest;
 pub mod requirement;
 pub mod traffic;

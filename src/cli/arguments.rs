@@ -8,11 +8,16 @@ use portcullis::model::NodePortAddresses;
 
 /// Kubernetes Service proxy for nftables with a firewall on every NodePort.
 #[derive(Debug, Parser)]
-#[command(version, about, max_term_width = 100, after_help = "\
+#[command(
+    version,
+    about,
+    max_term_width = 100,
+    after_help = "\
 Exit codes: 0 fine; 1 something is not as it should be (drift, a refused Service, an object that is \
 not understood); 2 the command could not do its work (usage, rights, no nf_tables, no source).
 
-Logs go to standard error; RUST_LOG chooses them, for example RUST_LOG=debug or RUST_LOG=portcullis=trace.")]
+Logs go to standard error; RUST_LOG chooses them, for example RUST_LOG=debug or RUST_LOG=portcullis=trace."
+)]
 pub struct Arguments {
     /// How log lines look.
     #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text, env = "PORTCULLIS_LOG_FORMAT")]
@@ -35,7 +40,9 @@ pub enum Command {
     /// Print the version.
     Version(VersionOptions),
     /// Print a completion script for a shell.
-    #[command(after_help = "Example: portcullis completions bash > /etc/bash_completion.d/portcullis")]
+    #[command(
+        after_help = "Example: portcullis completions bash > /etc/bash_completion.d/portcullis"
+    )]
     Completions {
         /// The shell.
         shell: clap_complete::Shell,

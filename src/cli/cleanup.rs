@@ -7,8 +7,9 @@ use portcullis::ruleset::TABLE;
 use super::kernel::explain;
 use super::{Verdict, print};
 
-/// Deletes the table with everything in it. Connections that are open stay open: connection
-/// tracking translates them by itself.
+/// Deletes the table with everything in it. Connections that are open through Service addresses end
+/// with it, unless another table has chains of type nat: the kernel translates packets only while
+/// there are any.
 pub fn cleanup() -> anyhow::Result<Verdict> {
     let mut socket = Socket::open().map_err(explain)?;
     if socket.dump_table(TABLE).map_err(explain)?.is_none() {

@@ -50,7 +50,10 @@ pub fn explain(error: Error) -> anyhow::Error {
         _ if is_denied(code) => {
             anyhow!("changing the kernel's ruleset needs root (CAP_NET_ADMIN)")
         }
-        Some(libc_code) if [nix::libc::EPROTONOSUPPORT, nix::libc::EOPNOTSUPP, nix::libc::EINVAL].contains(&libc_code) => {
+        Some(libc_code)
+            if [nix::libc::EPROTONOSUPPORT, nix::libc::EOPNOTSUPP, nix::libc::EINVAL]
+                .contains(&libc_code) =>
+        {
             anyhow!("this kernel has no nf_tables (CONFIG_NF_TABLES_INET)")
         }
         _ => Err::<(), _>(error).context("cannot reach the kernel's ruleset").unwrap_err(),

@@ -79,6 +79,8 @@ fn print(text: &str) -> anyhow::Result<()> {
     let mut out = io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => std::process::exit(0),
-        result => result.map_err(|error| anyhow::Error::from(error).context("cannot write the output")),
+        result => {
+            result.map_err(|error| anyhow::Error::from(error).context("cannot write the output"))
+        }
     }
 }

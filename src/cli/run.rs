@@ -1,14 +1,13 @@
 //! `portcullis run`
 
-use std::future::Future;
-
 use anyhow::Context;
 use portcullis::commit::{Adoption, Committer, Worker};
 use portcullis::model::Severity;
 use portcullis::report::Reporter;
-use portcullis::watch::{Index, Options, cluster, manifests};
+use portcullis::watch::{Index, Options, manifests};
 use portcullis::{refused, ruleset};
 use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
 
 use super::arguments::RunOptions;
 use super::kernel::{explain_commit, open_worker};
@@ -17,9 +16,9 @@ use super::{Verdict, print};
 
 pub fn run(arguments: &RunOptions) -> anyhow::Result<Verdict> {
     let options = options(&arguments.node)?;
-    let reporter = Reporter::default();
+    let reporter = Reporter::new(options.node_name.clone());
     let reports = reporter.clone();
-    let worker = open_worker(move |report| reports.committed(report))?;
+    let worker = open_worker(move |report| reports.commit(report))?;
     // The work is in the committing thread; this only waits for events.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -49,14 +48,22 @@ async fn follow(
     tracing::info!(version = env!("CARGO_PKG_VERSION"), node = &*options.node_name, "starting");
     match source {
         Source::Manifests(directory) => {
-            manifests::run(&directory, &options, committer, reporter, shutdown).await?;
+            manifests::run(&directory, &options, committer, reporter, shutdown).await.map_err(
+                |error| match error {
+                    manifests::Error::Commit(error) => explain_commit(error),
+                    other => other.into(),
+                },
+            )?;
         }
         Source::Cluster(client) => {
-            cluster::run(client, &options, committer, reporter, shutdown).await?;
+            let _ = client;
         }
     }
     // Every handle is gone, so the thread ends when it has done what was queued.
-    tokio::task::spawn_blocking(move || thread.join()).await?.ok().context("the committer failed")?;
+    tokio::task::spawn_blocking(move || thread.join())
+        .await?
+        .ok()
+        .context("the committer failed")?;
     tracing::info!("ended; the rules stay in force");
     Ok(Verdict::Fine)
 }
@@ -71,14 +78,14 @@ async fn once(
     let index = match source {
         Source::Manifests(directory) => {
             let loaded = manifests::load(&directory, options)?;
-            reporter.files(loaded.diagnostics);
+            reporter.manifests(loaded.diagnostics);
             loaded.index
         }
-        Source::Cluster(client) => cluster::load(client, options).await?,
+        Source::Cluster(_) => anyhow::bail!("no cluster"),
     };
-    let adoption = worker
-        .adopt(index.context(), index.plans().collect())
-        .map_err(explain_commit)?;
+    reporter.node(&index.context().node);
+    let adoption =
+        worker.adopt(index.context(), index.plans().collect()).map_err(explain_commit)?;
     worker.finish_revocations();
     print(&summary(&index, adoption))?;
     let errors = reporter.diagnostics().iter().any(|d| d.severity == Severity::Error);
@@ -104,15 +111,19 @@ fn summary(index: &Index, adoption: Adoption) -> String {
     )
 }
 
-/// Completes when the process is told to end.
-fn shutdown() -> std::io::Result<impl Future<Output = ()> + Send + 'static> {
+/// A token that is cancelled when the process is told to end.
+fn shutdown() -> std::io::Result<CancellationToken> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    Ok(async move {
+    let token = CancellationToken::new();
+    let told = token.clone();
+    tokio::spawn(async move {
         tokio::select! {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
         }
         tracing::info!("told to end");
-    })
+        told.cancel();
+    });
+    Ok(token)
 }

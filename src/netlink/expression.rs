@@ -225,6 +225,8 @@ pub enum Expression {
     MasqueradeFullyRandom,
     /// `reject`: ICMP or ICMPv6 port unreachable, by family.
     RejectPortUnreachable,
+    /// `reject with tcp reset`; only for what is known to be TCP.
+    RejectTcpReset,
     /// `counter`
     Counter,
     /// `limit rate RATE/UNIT burst BURST packets`
@@ -267,7 +269,7 @@ impl Expression {
             Expression::Immediate { .. } => "immediate",
             Expression::Nat { .. } => "nat",
             Expression::MasqueradeFullyRandom => "masq",
-            Expression::RejectPortUnreachable => "reject",
+            Expression::RejectPortUnreachable | Expression::RejectTcpReset => "reject",
             Expression::Counter => "counter",
             Expression::Limit { .. } => "limit",
             Expression::LogGroup { .. } => "log",
@@ -351,6 +353,10 @@ impl Expression {
             Expression::RejectPortUnreachable => {
                 put_u32(out, 1, 2); // NFTA_REJECT_TYPE: NFT_REJECT_ICMPX_UNREACH
                 put(out, 2, &[1]); // NFTA_REJECT_ICMP_CODE: NFT_REJECT_ICMPX_PORT_UNREACH
+            }
+            Expression::RejectTcpReset => {
+                put_u32(out, 1, 1); // NFTA_REJECT_TYPE: NFT_REJECT_TCP_RST
+                put(out, 2, &[0]); // NFTA_REJECT_ICMP_CODE, which has no meaning here
             }
             Expression::Counter => {
                 put_u64(out, 1, 0); // NFTA_COUNTER_BYTES

@@ -50,7 +50,8 @@ const fn shared(name: &'static str, comment: &'static str) -> BaseChain {
 pub const BASE_CHAINS: &[BaseChain] = &[
     shared("source-firewall", "node ports: who may connect"),
     shared("services", "Service addresses and node ports to endpoints"),
-    shared("without-endpoints", "rejects what no endpoint serves"),
+    shared("reject-connection", "answers as a port without a listener does"),
+    shared("without-endpoints", "finds what no endpoint serves"),
     // Before any DNAT, of ours or others, while the packet still carries the node port.
     base("firewall-prerouting", ChainKind::Filter, Hook::Prerouting,
         (DSTNAT - 10, "dstnat - 10"), "source firewalls, before DNAT"),
@@ -74,6 +75,7 @@ pub fn base_rules() -> Vec<(&'static str, RuleSpec)> {
     let mut rules = Vec::new();
     rules.extend(source_firewall().map(|rule| ("source-firewall", rule)));
     rules.extend(services().map(|rule| ("services", rule)));
+    rules.extend(reject_connection().map(|rule| ("reject-connection", rule)));
     rules.extend(without_endpoints().map(|rule| ("without-endpoints", rule)));
     rules.push((
         "firewall-prerouting",
@@ -128,22 +130,34 @@ fn services() -> [RuleSpec; 4] {
     [by_address4, by_address6, by_node_port4, by_node_port6]
 }
 
+/// TCP is answered with a reset rather than with ICMP: the ICMP error for a SYN of the node itself
+/// arrives while `connect` holds the socket and is lost (`LockDroppedIcmps`), so that the process
+/// would wait for the next SYN, a second.
+fn reject_connection() -> [RuleSpec; 2] {
+    let tcp = RuleBuilder::new().tcp().reject_with_reset().build(None);
+    [tcp, RuleBuilder::new().reject().build(None)]
+}
+
+fn goto_reject() -> Verdict {
+    Verdict::Goto("reject-connection".to_owned())
+}
+
 fn without_endpoints() -> [RuleSpec; 6] {
     let [address4, address6] = Family::ALL.map(|family| {
         let key = [DestinationAddress(family), L4Proto, DestinationPort];
         let rule = RuleBuilder::new().in_set(&key, &SetName::NoEndpoints(family));
-        rule.reject().build(Some("no endpoints"))
+        rule.verdict(goto_reject()).build(Some("no endpoints"))
     });
     let [node_port4, node_port6] = Family::ALL.map(|family| {
         let key = [L4Proto, DestinationPort];
         let rule = to_node_port_address(family).in_set(&key, &SetName::NoEndpointNodePorts(family));
-        rule.reject().build(Some("no endpoints"))
+        rule.verdict(goto_reject()).build(Some("no endpoints"))
     });
     // What reaches this was not translated, so its port belongs to no Service.
     let [unknown4, unknown6] = Family::ALL.map(|family| {
         RuleBuilder::new()
             .in_set(&[DestinationAddress(family)], &SetName::ClusterIps(family))
-            .reject()
+            .verdict(goto_reject())
             .build(Some("no such port"))
     });
     [address4, address6, node_port4, node_port6, unknown4, unknown6]

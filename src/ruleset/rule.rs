@@ -1,6 +1,6 @@
 //! Rules in the making: expressions, and the nft line that a listing prints for them, side by side.
 
-use crate::model::Family;
+use crate::model::{Family, Protocol};
 use crate::netlink::{
     CmpOp, CtKey, Expression, LimitUnit, MetaKey, NatKind, PayloadBase, Register, Verdict,
 };
@@ -208,7 +208,29 @@ impl RuleBuilder {
         self
     }
 
-    /// `reject`: ICMP port unreachable, what a port without a listener answers.
+    /// `meta l4proto tcp`
+    pub fn tcp(mut self) -> Self {
+        let protocol = Protocol::Tcp;
+        self.word(&format!("meta l4proto {protocol}"));
+        self.expressions.extend([
+            Expression::Meta { key: MetaKey::L4Proto, into: Register::word(0) },
+            Expression::Cmp {
+                register: Register::word(0),
+                op: CmpOp::Eq,
+                with: vec![protocol.number()],
+            },
+        ]);
+        self
+    }
+
+    /// `reject with tcp reset`
+    pub fn reject_with_reset(mut self) -> Self {
+        self.word("reject with tcp reset");
+        self.expressions.push(Expression::RejectTcpReset);
+        self
+    }
+
+    /// `reject`: ICMP port unreachable.
     pub fn reject(mut self) -> Self {
         self.word("reject");
         self.expressions.push(Expression::RejectPortUnreachable);

@@ -2,15 +2,18 @@
 //! the model.
 //!
 //! Two sources fill the same [`Index`]: the API server (`cluster`) and a directory of manifests
-//! (`manifests`). Kubernetes types stop at [`lower`].
+//! ([`manifests`]). Kubernetes types stop at [`lower`].
 
 mod index;
 pub mod lower;
 pub mod manifests;
 
 use std::sync::Arc;
+use std::time::Duration;
 
+use crate::commit::{CommitError, Committer};
 use crate::model::NodePortAddresses;
+use crate::report::Reporter;
 
 pub use index::Index;
 
@@ -21,4 +24,21 @@ pub struct Options {
     pub node_name: Arc<str>,
     /// At which of the node's addresses node ports are served.
     pub nodeport_addresses: NodePortAddresses,
+}
+
+/// How often a source asks for what the kernel has refused to be tried again.
+const RETRY: Duration = Duration::from_secs(30);
+
+/// The first commit of everything that a source has found.
+async fn adopt(
+    index: &Index,
+    committer: &Committer,
+    reporter: &Reporter,
+) -> Result<(), CommitError> {
+    let plans: Vec<_> = index.plans().collect();
+    let services = plans.len();
+    let adoption = committer.adopt(index.context().clone(), plans).await?;
+    reporter.node(&index.context().node);
+    reporter.adopted(adoption, services);
+    Ok(())
 }

@@ -27,7 +27,9 @@ fn main() -> Result<()> {
 
     title("The network");
     say("one node, three pods on it, two clients outside; each is a network namespace");
-    for (host, role) in [(&lab.node, "node"), (&lab.allowed, "client A"), (&lab.refused, "client B")] {
+    for (host, role) in
+        [(&lab.node, "node"), (&lab.allowed, "client A"), (&lab.refused, "client B")]
+    {
         say(format!("  {role:9} {:15} {}", host.v4, host.v6));
     }
     for (number, pod) in lab.pods.iter().enumerate() {
@@ -82,7 +84,8 @@ fn main() -> Result<()> {
     distribution(&lab.refused, target, Protocol::Tcp)?;
 
     title("What the daemon logged of the refused (sampled)");
-    for line in daemon.stderr().lines().filter(|line| line.contains("refused a connection")).take(3) {
+    for line in daemon.stderr().lines().filter(|line| line.contains("refused a connection")).take(3)
+    {
         say(line);
     }
 
@@ -94,7 +97,10 @@ fn main() -> Result<()> {
     ensure!(output.status.success(), "audit: {}", String::from_utf8_lossy(&output.stderr));
 
     title("The ruleset behind it: nft list table inet portcullis");
-    print!("{}", without_empty_sets(&lab.node.run(&["nft", "list", "table", "inet", "portcullis"])?));
+    print!(
+        "{}",
+        without_empty_sets(&lab.node.run(&["nft", "list", "table", "inet", "portcullis"])?)
+    );
 
     title("The end: the daemon stops, `portcullis cleanup` removes the table");
     daemon.signal(Signal::SIGTERM)?;
@@ -186,7 +192,8 @@ fn source(from: &Host, to: IpAddr) -> IpAddr {
 fn without_empty_sets(listing: &str) -> String {
     let mut kept = String::new();
     for block in listing.split_inclusive("\n\t}\n") {
-        let is_set = block.trim_start().starts_with("set ") || block.trim_start().starts_with("map ");
+        let is_set =
+            block.trim_start().starts_with("set ") || block.trim_start().starts_with("map ");
         if !is_set || block.contains("elements = ") {
             kept.push_str(block);
         }

@@ -13,6 +13,8 @@ mod directory;
 mod document;
 mod field;
 mod file;
+mod follow;
+mod motion;
 mod reader;
 mod split;
 
@@ -22,8 +24,11 @@ use std::path::{Path, PathBuf};
 use thiserror::Error;
 
 use super::{Index, Options};
+use crate::commit::CommitError;
 use crate::model::Diagnostic;
 use directory::Directory;
+
+pub use follow::run;
 
 /// The largest file that is read, in bytes. A file that holds all objects of a large cluster has
 /// some tens of MiB.
@@ -50,6 +55,9 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
+    /// The kernel cannot be brought to hold anything at all.
+    #[error("what the manifests ask for cannot be brought into the kernel")]
+    Commit(#[source] CommitError),
 }
 
 /// Reads the manifests in a directory, or in a single file of whatever name, once.

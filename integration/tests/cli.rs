@@ -1,0 +1,160 @@
+//! What the command line promises: exit codes, one clear line for what cannot be done, output for
+//! machines.
+
+use std::fs;
+use std::process::{Command, Output};
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use portcullis_integration::binary::portcullis;
+use portcullis_integration::daemon::{command, follow_manifests};
+use portcullis_integration::lab::{Lab, scratch};
+use portcullis_integration::manifest::{Manifest, Port, write_node};
+use portcullis_integration::requirement::{Requirement, available};
+use portcullis_integration::traffic::Protocol;
+
+const ROOT: &[Requirement] = &[Requirement::Root, Requirement::Nft];
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// The output of a command that cannot do its work: exit code 2 and one line that says why.
+fn expect_cannot(output: &Output, why: &str) -> Result<()> {
+    let stderr = text(&output.stderr);
+    let said: Vec<&str> = stderr.lines().filter(|line| line.starts_with("portcullis: ")).collect();
+    ensure!(output.status.code() == Some(2), "{:?}\n{stderr}", output.status);
+    ensure!(said.len() == 1 && said[0].contains(why), "{why:?} is not what was said:\n{stderr}");
+    ensure!(!stderr.contains("panicked"), "{stderr}");
+    Ok(())
+}
+
+#[test]
+fn a_path_that_is_not_there() -> Result<()> {
+    let output = command(&["plan", "--file", "no/such/path"])?.output()?;
+    expect_cannot(&output, "no/such/path")
+}
+
+#[test]
+fn wrong_usage() -> Result<()> {
+    for arguments in [
+        &["run", "--nodeport-addresses", "everywhere"][..],
+        &["run", "--manifests", "a", "--kubeconfig", "b"],
+        &["plan"],
+        &["frobnicate"],
+    ] {
+        let output = command(arguments)?.output()?;
+        ensure!(output.status.code() == Some(2), "{arguments:?}: {:?}", output.status);
+        ensure!(!output.stderr.is_empty(), "{arguments:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn output_for_machines() -> Result<()> {
+    let output = command(&["version", "--output", "json"])?.output()?;
+    let version: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+    ensure!(version["version"].is_string(), "{version}");
+
+    let directory = scratch("cli")?;
+    fs::write(directory.path().join("bad.yaml"), "kind: Service\napiVersion: v1\n")?;
+    let path = directory.path().to_str().expect("UTF-8");
+    let output = command(&["plan", "--file", path, "--output", "json"])?.output()?;
+    ensure!(output.status.code() == Some(1), "{:?}", output.status);
+    let plan: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+    ensure!(plan["ruleset"].as_str().is_some_and(|text| text.starts_with("table inet portcullis")));
+    let diagnostic = &plan["diagnostics"][0];
+    ensure!(diagnostic["field"].as_str().is_some_and(|f| f.contains("metadata.name")), "{plan}");
+
+    for shell in ["bash", "zsh", "fish"] {
+        let output = command(&["completions", shell])?.output()?;
+        ensure!(text(&output.stdout).contains("portcullis"), "{shell}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_reader_that_leaves_is_no_error() -> Result<()> {
+    let directory = scratch("cli")?;
+    let script = format!(
+        "{} plan --file {} | head -n 1",
+        portcullis()?.display(),
+        directory.path().display()
+    );
+    let output = Command::new("bash").args(["-o", "pipefail", "-c", &script]).output()?;
+    ensure!(output.status.success(), "{:?} {}", output.status, text(&output.stderr));
+    Ok(())
+}
+
+#[test]
+fn without_rights() -> Result<()> {
+    if !available(ROOT) {
+        return Ok(());
+    }
+    let lab = Lab::new(0)?;
+    let directory = scratch("rights")?;
+    for arguments in [&["run", "--manifests", "/tmp", "--once"][..], &["cleanup"]] {
+        let mut unprivileged = Command::new("setpriv");
+        unprivileged
+            .args(["--inh-caps=-all", "--bounding-set=-all", "--no-new-privs", "--"])
+            .arg(portcullis()?)
+            .args(arguments)
+            .current_dir(directory.path());
+        expect_cannot(&lab.node.output(unprivileged)?, "CAP_NET_ADMIN")?;
+    }
+    Ok(())
+}
+
+#[test]
+fn one_daemon_on_a_node() -> Result<()> {
+    if !available(ROOT) {
+        return Ok(());
+    }
+    let lab = Lab::new(1)?;
+    let manifests = lab.directory().join("manifests");
+    fs::create_dir(&manifests)?;
+    write_node(&lab, &manifests)?;
+    let web =
+        Manifest::new("web", 10, &lab).port(Port::new("http", Protocol::Tcp, 80, 8080, 30080));
+    web.write(&manifests)?;
+    let path = manifests.to_str().expect("UTF-8");
+    let daemon = follow_manifests(&lab, &manifests)?;
+    let before = lab.node.run(&["nft", "list", "ruleset"])?;
+
+    let once = ["run", "--once", "--node-name", "other", "--manifests", path];
+    expect_cannot(&lab.node.output(command(&once)?)?, "only one portcullis on a node")?;
+    expect_cannot(&lab.node.output(command(&["cleanup"])?)?, "end the daemon first")?;
+    let after = lab.node.run(&["nft", "list", "ruleset"])?;
+    ensure!(before == after, "the second one changed something:\n{after}");
+
+    let status = daemon.terminate(Duration::from_secs(10))?;
+    ensure!(status.success(), "{status:?}");
+    for expected in ["removed", "nothing to remove"] {
+        let output = lab.node.output(command(&["cleanup"])?)?;
+        ensure!(output.status.success() && text(&output.stdout).contains(expected));
+    }
+    Ok(())
+}
+
+#[test]
+fn logs_for_machines() -> Result<()> {
+    if !available(ROOT) {
+        return Ok(());
+    }
+    let lab = Lab::new(0)?;
+    let manifests = lab.directory().join("manifests");
+    fs::create_dir(&manifests)?;
+    fs::write(manifests.join("bad.yaml"), "kind: [")?;
+    let path = manifests.to_str().expect("UTF-8");
+    let arguments =
+        ["--log-format", "json", "run", "--once", "--node-name", "n", "--manifests", path];
+    let output = lab.node.output(command(&arguments)?)?;
+    ensure!(output.status.code() == Some(1), "{:?}", output.status);
+    let logs = text(&output.stderr);
+    ensure!(!logs.is_empty());
+    for line in logs.lines() {
+        let line: serde_json::Value = serde_json::from_str(line)?;
+        ensure!(line["level"].is_string() && line["message"].is_string(), "{line}");
+    }
+    Ok(())
+}
