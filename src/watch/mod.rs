@@ -1,18 +1,22 @@
 //! Where the objects come from: Services, `EndpointSlice`s and the node, watched and turned into
 //! the model.
 //!
-//! Two sources fill the same [`Index`]: the API server (`cluster`) and a directory of manifests
+//! Two sources fill the same [`Index`]: the API server ([`cluster`]) and a directory of manifests
 //! ([`manifests`]). Kubernetes types stop at [`lower`].
 
+pub mod cluster;
 mod index;
 pub mod lower;
 pub mod manifests;
+#[cfg(test)]
+mod testing;
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use crate::commit::{CommitError, Committer};
-use crate::model::NodePortAddresses;
+use crate::model::{NodeContext, NodePortAddresses};
+use crate::plan::ServicePlan;
 use crate::report::Reporter;
 
 pub use index::Index;
@@ -29,16 +33,16 @@ pub struct Options {
 /// How often a source asks for what the kernel has refused to be tried again.
 const RETRY: Duration = Duration::from_secs(30);
 
-/// The first commit of everything that a source has found.
+/// The first commit, of everything that a source has found.
 async fn adopt(
-    index: &Index,
+    node: NodeContext,
+    plans: Vec<ServicePlan>,
     committer: &Committer,
     reporter: &Reporter,
 ) -> Result<(), CommitError> {
-    let plans: Vec<_> = index.plans().collect();
     let services = plans.len();
-    let adoption = committer.adopt(index.context().clone(), plans).await?;
-    reporter.node(&index.context().node);
+    reporter.node(&node.node);
+    let adoption = committer.adopt(node, plans).await?;
     reporter.adopted(adoption, services);
     Ok(())
 }

@@ -250,13 +250,17 @@ fn sources(
     }
 }
 
-/// A misspelt annotation leaves node ports open that its author thinks closed. Prefixes of
-/// annotations are compared without regard to case, because the API server accepts any.
+/// Whether an annotation is meant for this proxy. Case does not matter, because the API server
+/// accepts any.
+pub(crate) fn is_ours(annotation: &str) -> bool {
+    let prefix = annotation.as_bytes().get(..OUR_ANNOTATIONS.len());
+    prefix.is_some_and(|prefix| prefix.eq_ignore_ascii_case(OUR_ANNOTATIONS.as_bytes()))
+}
+
+/// A misspelt annotation leaves node ports open that its author thinks closed.
 fn unknown_annotations(object: &core::Service, findings: &mut Findings) {
     for key in object.metadata.annotations.iter().flatten().map(|(key, _)| key) {
-        let ours = key.as_bytes().get(..OUR_ANNOTATIONS.len());
-        let ours = ours.is_some_and(|s| s.eq_ignore_ascii_case(OUR_ANNOTATIONS.as_bytes()));
-        if ours && key != SOURCES_ANNOTATION {
+        if is_ours(key) && key != SOURCES_ANNOTATION {
             let message = format!(
                 "unknown, and ignored; the annotation that restricts node ports is called \
                  {SOURCES_ANNOTATION}"

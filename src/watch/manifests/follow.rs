@@ -46,7 +46,8 @@ pub async fn run(
     follower.look().await?;
     reporter.manifests(follower.directory().diagnostics());
     let index = follower.directory().index();
-    watch::adopt(index, &committer, &reporter).await.map_err(Error::Commit)?;
+    let (node, plans) = (index.context().clone(), index.plans().collect());
+    watch::adopt(node, plans, &committer, &reporter).await.map_err(Error::Commit)?;
 
     let mut retry = tokio::time::interval(watch::RETRY);
     retry.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -220,11 +221,8 @@ mod tests {
     use tempfile::TempDir;
 
     use super::*;
-    use crate::commit::Worker;
     use crate::model::NodePortAddresses;
-
-    /// How long a test waits for what must happen.
-    const PATIENCE: Duration = Duration::from_secs(50);
+    use crate::watch::testing::{Kernel, PATIENCE, until};
 
     fn options() -> Options {
         Options { node_name: "worker".into(), nodeport_addresses: NodePortAddresses::Primary }
@@ -314,26 +312,10 @@ mod tests {
         follow(&mut follower, &["a", "bb"], "the file changes").await;
     }
 
-    /// A worker in a network namespace of its own, which nobody else sees and which goes with it;
-    /// `None`, said on stderr, where this process may not make one.
-    fn worker(reporter: &Reporter) -> Option<Worker> {
-        let reporter = reporter.clone();
-        let opened = std::thread::spawn(move || {
-            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).ok()?;
-            Some(Worker::open(move |report| reporter.commit(report)).expect("nf_tables"))
-        });
-        let worker = opened.join().expect("no panic");
-        if worker.is_none() {
-            assert_ne!(std::env::var("CI").as_deref(), Ok("true"), "this test needs root");
-            eprintln!("skipped: no right to make a network namespace");
-        }
-        worker
-    }
-
     #[tokio::test]
     async fn serves_what_the_manifests_say() {
         let reporter = Reporter::new("worker".into());
-        let Some(worker) = worker(&reporter) else { return };
+        let Some((mut kernel, worker)) = Kernel::new(&reporter) else { return };
         let (committer, thread) = Committer::start(worker);
         let dir = TempDir::new().unwrap();
         let path = dir.path().to_owned();
@@ -344,28 +326,26 @@ mod tests {
             let (path, reporter, shutdown) = (path.clone(), reporter.clone(), shutdown.clone());
             tokio::spawn(async move { run(&path, &options(), committer, reporter, shutdown).await })
         };
-        let until = async |what: &str, reached: &dyn Fn() -> bool| {
-            let reach = async {
-                while !reached() {
-                    tokio::time::sleep(Duration::from_millis(10)).await;
-                }
-            };
-            let reached = tokio::time::timeout(PATIENCE, reach).await;
-            assert!(reached.is_ok(), "never: {what}: {:?}", reporter.diagnostics());
+        let mut services_are = async |what: &str, expected: &[&str]| {
+            let expected: Vec<String> = expected.iter().map(ToString::to_string).collect();
+            until(what, expected, || kernel.services()).await;
         };
         let said = |text: &str| reporter.diagnostics().iter().any(|d| d.to_string().contains(text));
-        until("adoption", &|| reporter.adoption().is_some()).await;
-        assert!(reporter.adoption().is_some_and(|adoption| adoption.replaced));
+        services_are("adoption", &["default/a 10.96.0.1:"]).await;
+        until("adoption is told", true, || reporter.adoption().is_some()).await;
         assert!(said("b.yaml: apiVersion") && said("no InternalIP"));
 
-        // The Service's finding comes back from the committer: it was committed.
-        let closed = services(&["a"]).replace("clusterIP", "externalIPs: [192.0.2.1]\n  clusterIP");
-        fs::write(path.join("a.yaml"), closed).unwrap();
-        until("a change", &|| said("spec.externalIPs")).await;
-        fs::remove_file(path.join("b.yaml")).unwrap();
-        until("a file that goes", &|| !said("b.yaml")).await;
+        fs::write(path.join("b.yaml"), services(&["a", "bb"])).unwrap();
+        services_are("a file is mended", &["default/a 10.96.0.1:", "default/bb 10.96.0.2:"]).await;
+        until("said", true, || !said("b.yaml: apiVersion") && said("defined again")).await;
+        // The Service's finding comes back from the committer.
+        let more = services(&["a"]).replace("clusterIP", "externalIPs: [192.0.2.1]\n  clusterIP");
+        fs::write(path.join("a.yaml"), more).unwrap();
+        until("a finding", true, || said("spec.externalIPs")).await;
         fs::remove_file(path.join("a.yaml")).unwrap();
-        until("a Service that goes", &|| !said("spec.externalIPs")).await;
+        until("resolved", true, || !said("spec.externalIPs") && !said("defined again")).await;
+        fs::remove_file(path.join("b.yaml")).unwrap();
+        services_are("all files are gone", &[]).await;
 
         shutdown.cancel();
         running.await.expect("no panic").expect("no error");
@@ -375,7 +355,7 @@ mod tests {
     #[tokio::test]
     async fn a_path_that_is_not_there_is_an_error() {
         let reporter = Reporter::new("worker".into());
-        let Some(worker) = worker(&reporter) else { return };
+        let Some((_kernel, worker)) = Kernel::new(&reporter) else { return };
         let (committer, _thread) = Committer::start(worker);
         let path = Path::new("/nowhere/manifests");
         let (options, shutdown) = (options(), CancellationToken::new());

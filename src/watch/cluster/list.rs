@@ -1,0 +1,67 @@
+//! One complete list of everything, without watching.
+
+use k8s_openapi::api::core::v1 as core;
+use k8s_openapi::api::discovery::v1 as discovery;
+use kube::api::ListParams;
+use kube::{Api, Client};
+use serde::de::DeserializeOwned;
+
+use super::Error;
+use crate::watch::{Index, Options, lower};
+
+/// How many objects the API server is asked for at a time.
+const PAGE: u32 = 500;
+
+/// How often a list is begun that the API server says has become too old before its end.
+const ATTEMPTS: usize = 3;
+
+/// Lists everything that the proxy needs to know, once.
+///
+/// # Errors
+/// When one of the lists fails.
+pub async fn load(client: Client, options: &Options) -> Result<Index, Error> {
+    let mut index = Index::new(options);
+    let slices: Api<discovery::EndpointSlice> = Api::all(client.clone());
+    let services: Api<core::Service> = Api::all(client.clone());
+    let nodes: Api<core::Node> = Api::all(client);
+    let failed = |what| move |source| Error::List { what, source: Box::new(source) };
+    for slice in all(&slices, &super::slices()).await.map_err(failed("EndpointSlices"))? {
+        index.set_slice(&lower::slice_name(&slice), lower::slice(&slice));
+    }
+    for service in all(&services, &super::services()).await.map_err(failed("Services"))? {
+        index.set_service(&lower::service_name(&service), lower::service(&service));
+    }
+    let node = nodes.get_opt(&options.node_name).await.map_err(failed("the Node"))?;
+    index.set_node(node.as_ref().map(lower::node).unwrap_or_default());
+    Ok(index)
+}
+
+async fn all<K>(api: &Api<K>, labels: &str) -> Result<Vec<K>, kube::Error>
+where
+    K: Clone + DeserializeOwned + std::fmt::Debug,
+{
+    let mut attempts = 1..=ATTEMPTS;
+    loop {
+        let last = attempts.next().is_none_or(|attempt| attempt == ATTEMPTS);
+        match pages(api, labels).await {
+            Err(kube::Error::Api(status)) if status.code == 410 && !last => {}
+            listed => return listed,
+        }
+    }
+}
+
+async fn pages<K>(api: &Api<K>, labels: &str) -> Result<Vec<K>, kube::Error>
+where
+    K: Clone + DeserializeOwned + std::fmt::Debug,
+{
+    let mut objects = Vec::new();
+    let mut page = ListParams::default().labels(labels).limit(PAGE);
+    loop {
+        let list = api.list(&page).await?;
+        objects.extend(list.items);
+        match list.metadata.continue_.filter(|token| !token.is_empty()) {
+            Some(token) => page = page.continue_token(&token),
+            None => return Ok(objects),
+        }
+    }
+}

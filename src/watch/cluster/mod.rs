@@ -1,0 +1,194 @@
+//! The cluster: Services, `EndpointSlice`s and the own Node from the API server.
+//!
+//! [`run`] watches all three. Nothing is committed before each first list is complete; then one
+//! adoption brings the kernel to what they say, and from there on a `kube_runtime` [`Controller`]
+//! reconciles the Services that events touch. No finalizer is set and nothing is written: every
+//! node has such a watcher.
+//!
+//! What `kube_runtime` 5.0 does, and what is made of it:
+//! - An object that is gone reaches the Controller's results as `ObjectNotFound`, never the
+//!   reconciler. Both do the same here: they bring the kernel to what the store holds *now*, so
+//!   it does not matter in which order a deletion and a new object of that name are seen.
+//! - An object that vanishes while its watch is disconnected is missing in the next list, without
+//!   a word. `Relist` finds it, from the watchers' raw events.
+//! - An object that gets a label which a selector excludes appears as deleted, as it should.
+//! - Slices are lowered as they come; only Services, pruned, stay in a store.
+
+mod feed;
+mod list;
+mod outage;
+mod reconcile;
+mod relist;
+
+use std::sync::Arc;
+
+use futures::stream::{self, BoxStream, StreamExt};
+use k8s_openapi::api::core::v1 as core;
+use kube::api::ListParams;
+use kube::runtime::controller::{Controller, Error as ControllerError};
+use kube::runtime::reflector::{self, Store};
+use kube::runtime::{WatchStreamExt, watcher};
+use kube::{Api, Client};
+use thiserror::Error;
+use tokio::time::MissedTickBehavior;
+use tokio_util::sync::CancellationToken;
+
+use super::{Options, lower};
+use crate::commit::{CommitError, Committer};
+use crate::report::Reporter;
+use feed::{Event, Feed, prune};
+use outage::Outages;
+use reconcile::{Context, error_policy, named, reconcile, reference};
+
+pub use list::load;
+
+/// Why the cluster is not served.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// A list was refused, or the API server does not answer.
+    #[error("cannot list {what}")]
+    List {
+        /// What was listed.
+        what: &'static str,
+        /// Why.
+        #[source]
+        source: Box<kube::Error>,
+    },
+    /// The kernel cannot be brought to hold anything at all.
+    #[error("what the cluster asks for cannot be brought into the kernel")]
+    Commit(#[source] CommitError),
+}
+
+/// Serves the cluster until `shutdown`.
+///
+/// While the API server does not answer, what is known stays in force; the log says once that it
+/// does not, and once that it does again. What the kernel refuses is tried again with growing
+/// pauses from 1 second to 5 minutes for its own sake, and every 30 seconds for all.
+///
+/// # Errors
+/// When nothing at all can be committed. An API server that does not answer, or that refuses a
+/// list, is waited for.
+pub async fn run(
+    client: Client,
+    options: &Options,
+    committer: Committer,
+    reporter: Reporter,
+    shutdown: CancellationToken,
+) -> Result<(), Error> {
+    let outages = Arc::new(Outages::default());
+    let probe = {
+        let services: Api<core::Service> = Api::all(client.clone());
+        let (outages, one) = (Arc::clone(&outages), ListParams::default().limit(1));
+        async move { outages.probe(async || services.list(&one).await.is_ok()).await }
+    };
+    let (store, events) = watch(client, options);
+    let served = serve(store, events, outages, options, committer, reporter, shutdown);
+    tokio::select! {
+        served = served => served,
+        never = probe => match never {},
+    }
+}
+
+/// Everything that the API server tells, and the Services that it has told of.
+fn watch(client: Client, options: &Options) -> (Store<core::Service>, BoxStream<'static, Event>) {
+    let (store, writer) = reflector::store();
+    let services =
+        watcher(Api::all(client.clone()), watcher::Config::default().labels(&services()))
+            .default_backoff()
+            .modify(prune)
+            .reflect(writer)
+            .map(Event::Service);
+    let slices = watcher(Api::all(client.clone()), watcher::Config::default().labels(&slices()))
+        .default_backoff()
+        .map(Event::Slice);
+    let own = format!("metadata.name={}", options.node_name);
+    let node = watcher(Api::all(client), watcher::Config::default().fields(&own))
+        .default_backoff()
+        .map(Event::Node);
+    (store, stream::select_all([services.boxed(), slices.boxed(), node.boxed()]).boxed())
+}
+
+/// The label selector of Services: those of another proxy are not ours.
+fn services() -> String {
+    format!("!{}", lower::OTHER_PROXY_LABEL)
+}
+
+/// The label selector of slices: those of headless Services are nobody's.
+fn slices() -> String {
+    format!("!{}", lower::HEADLESS_LABEL)
+}
+
+/// Serves what `events` tell. `store` holds the Services of the events that were taken from the
+/// stream.
+async fn serve(
+    store: Store<core::Service>,
+    mut events: BoxStream<'static, Event>,
+    outages: Arc<Outages>,
+    options: &Options,
+    committer: Committer,
+    reporter: Reporter,
+    shutdown: CancellationToken,
+) -> Result<(), Error> {
+    let context = Arc::new(Context::new(options, store.clone(), committer.clone()));
+    let mut feed = Feed::new(Arc::clone(&context), outages, reporter.clone());
+    while !feed.is_complete() {
+        tokio::select! {
+            () = shutdown.cancelled() => return Ok(()),
+            event = events.next() => match event {
+                Some(event) => drop(feed.take(event)),
+                None => return Ok(()),
+            }
+        }
+    }
+    let (node, plans) = context.everything();
+    super::adopt(node, plans, &committer, &reporter).await.map_err(Error::Commit)?;
+    feed.serve_node();
+
+    let touched = events.flat_map(move |event| stream::iter(feed.take(event)));
+    let ended = shutdown.child_token();
+    // The watcher of Services is in `events`: what it tells comes with the other triggers.
+    let controller = Controller::for_stream(stream::pending(), store)
+        .reconcile_on(touched.map(|service| reference(&service)))
+        .graceful_shutdown_on(ended.clone().cancelled_owned())
+        .run(reconcile, error_policy, Arc::clone(&context))
+        .for_each_concurrent(None, |result| settle(result, &context, &ended));
+    tokio::select! {
+        () = controller => {}
+        never = retry(&committer) => match never {},
+    }
+    // It ends for one of two reasons.
+    if shutdown.is_cancelled() { Ok(()) } else { Err(Error::Commit(CommitError::Ended)) }
+}
+
+/// Takes the result of one reconcile: a Service that is gone, or a failure.
+async fn settle<T>(
+    result: Result<T, ControllerError<CommitError, watcher::Error>>,
+    context: &Context,
+    ended: &CancellationToken,
+) {
+    let settled = match result {
+        Ok(_) => Ok(()),
+        Err(ControllerError::ObjectNotFound(gone)) => context.sync(&named(&gone)).await,
+        Err(ControllerError::ReconcilerFailed(error, _)) => Err(error),
+        Err(error) => {
+            let error = &error as &dyn std::error::Error;
+            return tracing::error!(error, "a Service could not be reconciled");
+        }
+    };
+    // What the kernel refuses has been reported, and is tried again.
+    if let Err(CommitError::Ended) = settled {
+        ended.cancel();
+    }
+}
+
+async fn retry(committer: &Committer) -> std::convert::Infallible {
+    let mut retry = tokio::time::interval(super::RETRY);
+    retry.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        retry.tick().await;
+        committer.retry_refused();
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,252 @@
+//! Whether the API server answers: said once when it does not, and once when it does again.
+
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use kube::runtime::watcher;
+use tokio::sync::Notify;
+
+/// How often an API server that does not answer is asked whether it does. A watcher that resumes
+/// says nothing until something changes.
+const PROBE: Duration = Duration::from_secs(5);
+
+/// How long such a question may take.
+const PROBE_PATIENCE: Duration = Duration::from_secs(10);
+
+/// What is watched, as the log calls it.
+pub(super) type Resource = &'static str;
+
+/// What the watchers know of the API server.
+#[derive(Debug, Default)]
+pub(super) struct Outages {
+    state: Mutex<State>,
+    begun: Notify,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// Since when it does not answer.
+    silent: Option<Instant>,
+    /// Watches that it answers with an error, of its own code.
+    refused: BTreeMap<Resource, u16>,
+}
+
+/// What an error of a watcher means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Failure {
+    /// Nobody answers, or not now.
+    Silent,
+    /// The API server says no, with this HTTP status; 0 where it says nothing of use.
+    Refused(u16),
+    /// A watch was too old to be resumed, and begins anew.
+    Expired,
+}
+
+/// What is new with that.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum News {
+    Nothing,
+    Worse,
+    Better,
+}
+
+impl Outages {
+    /// Takes what a watcher of `resource` tells, or how it failed.
+    pub(super) fn take<T>(&self, resource: Resource, told: &watcher::Result<T>) {
+        let mut state = self.state();
+        match told {
+            Ok(_) => {
+                let news = state.works(resource);
+                log(news, resource, None);
+            }
+            Err(error) => {
+                let failure = Failure::of(error);
+                let news = state.failed(resource, failure, Instant::now());
+                log(news, resource, Some(error));
+                drop(state);
+                if failure == Failure::Silent {
+                    self.begun.notify_one();
+                }
+            }
+        }
+    }
+
+    /// Asks by `answers` whether the API server is back, for as long as it is not; for ever.
+    pub(super) async fn probe(&self, answers: impl AsyncFn() -> bool) -> Infallible {
+        loop {
+            while self.state().silent.is_none() {
+                self.begun.notified().await;
+            }
+            tokio::time::sleep(PROBE).await;
+            if let Ok(true) = tokio::time::timeout(PROBE_PATIENCE, answers()).await {
+                let news = self.state().answers();
+                log(news, "the API server", None);
+            }
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Whoever panicked, the state is whole.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn failed(&mut self, resource: Resource, failure: Failure, now: Instant) -> News {
+        match failure {
+            Failure::Expired => News::Nothing,
+            Failure::Silent if self.silent.is_some() => News::Nothing,
+            Failure::Silent => {
+                self.silent = Some(now);
+                News::Worse
+            }
+            Failure::Refused(code) => {
+                self.silent = None;
+                let known = self.refused.insert(resource, code) == Some(code);
+                if known { News::Nothing } else { News::Worse }
+            }
+        }
+    }
+
+    fn works(&mut self, resource: Resource) -> News {
+        let refused = self.refused.remove(resource).is_some();
+        match (self.answers(), refused) {
+            (News::Nothing, false) => News::Nothing,
+            _ => News::Better,
+        }
+    }
+
+    fn answers(&mut self) -> News {
+        if self.silent.take().is_some() { News::Better } else { News::Nothing }
+    }
+}
+
+impl Failure {
+    fn of(error: &watcher::Error) -> Failure {
+        use watcher::Error::{
+            InitialListFailed, NoResourceVersion, WatchError, WatchFailed, WatchStartFailed,
+        };
+        match error {
+            InitialListFailed(kube::Error::Api(status))
+            | WatchStartFailed(kube::Error::Api(status))
+            | WatchFailed(kube::Error::Api(status))
+            | WatchError(status) => Failure::of_status(status.code),
+            InitialListFailed(kube::Error::SerdeError(_))
+            | WatchStartFailed(kube::Error::SerdeError(_))
+            | WatchFailed(kube::Error::SerdeError(_))
+            | NoResourceVersion => Failure::Refused(0),
+            InitialListFailed(_) | WatchStartFailed(_) | WatchFailed(_) => Failure::Silent,
+        }
+    }
+
+    fn of_status(code: u16) -> Failure {
+        match code {
+            410 => Failure::Expired,
+            // It is starting, ending or overwhelmed.
+            429 | 500.. => Failure::Silent,
+            code => Failure::Refused(code),
+        }
+    }
+}
+
+fn log(news: News, resource: Resource, error: Option<&watcher::Error>) {
+    let error = error.map(|error| error as &dyn std::error::Error);
+    match news {
+        News::Nothing => {
+            if let Some(error) = error {
+                tracing::debug!(resource, error, "a watch failed");
+            }
+        }
+        News::Worse => {
+            tracing::warn!(
+                resource,
+                error,
+                "cannot watch the cluster: what is known stays in force"
+            );
+        }
+        News::Better => tracing::info!(resource, "the cluster can be watched again"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use kube::core::Status;
+
+    use super::*;
+
+    #[test]
+    fn each_outage_is_news_twice() {
+        use Failure::{Expired, Refused, Silent};
+        let mut state = State::default();
+        // Failures, or `None` where a watch works.
+        for (step, (resource, failure, expected)) in [
+            ("Services", None, News::Nothing),
+            ("Services", Some(Expired), News::Nothing),
+            ("Services", Some(Silent), News::Worse),
+            ("Services", Some(Silent), News::Nothing),
+            ("Nodes", Some(Silent), News::Nothing),
+            ("Nodes", None, News::Better),
+            ("Services", None, News::Nothing),
+            ("Nodes", Some(Refused(403)), News::Worse),
+            ("Nodes", Some(Refused(403)), News::Nothing),
+            ("Services", None, News::Nothing),
+            ("Nodes", Some(Refused(401)), News::Worse),
+            ("Nodes", Some(Silent), News::Worse),
+            ("Nodes", Some(Refused(401)), News::Nothing),
+            ("Nodes", None, News::Better),
+            ("Nodes", None, News::Nothing),
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            let news = match failure {
+                Some(failure) => state.failed(resource, failure, Instant::now()),
+                None => state.works(resource),
+            };
+            assert_eq!(news, expected, "step {step}");
+        }
+        assert!(state.silent.is_none() && state.refused.is_empty());
+    }
+
+    #[test]
+    fn what_errors_mean() {
+        let status = |code| Status { code, ..Status::default() }.boxed();
+        for (code, expected) in [
+            (410, Failure::Expired),
+            (403, Failure::Refused(403)),
+            (404, Failure::Refused(404)),
+            (429, Failure::Silent),
+            (503, Failure::Silent),
+            (0, Failure::Refused(0)),
+        ] {
+            let list = watcher::Error::InitialListFailed(kube::Error::Api(status(code)));
+            assert_eq!(Failure::of(&list), expected);
+            assert_eq!(Failure::of(&watcher::Error::WatchError(status(code))), expected);
+        }
+        let broken = kube::Error::ReadEvents(std::io::ErrorKind::ConnectionReset.into());
+        assert_eq!(Failure::of(&watcher::Error::WatchFailed(broken)), Failure::Silent);
+        assert_eq!(Failure::of(&watcher::Error::NoResourceVersion), Failure::Refused(0));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn asks_until_it_answers() {
+        let outages = Outages::default();
+        let asked = AtomicUsize::new(0);
+        let answers = async || match asked.fetch_add(1, Ordering::Relaxed) {
+            0 => false,
+            1 => std::future::pending().await,
+            _ => true,
+        };
+        let refused = kube::Error::ReadEvents(std::io::ErrorKind::ConnectionRefused.into());
+        outages.take::<()>("Services", &Err(watcher::Error::WatchStartFailed(refused)));
+        assert!(outages.state().silent.is_some());
+        let probing = tokio::time::timeout(PROBE * 100, outages.probe(answers));
+        assert!(probing.await.is_err(), "it probes for ever");
+        assert!(outages.state().silent.is_none());
+        assert_eq!(asked.load(Ordering::Relaxed), 3);
+    }
+}

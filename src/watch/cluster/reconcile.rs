@@ -1,0 +1,169 @@
+//! From what the store and the index hold to the kernel, one Service at a time.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
+use k8s_openapi::api::core::v1 as core;
+use kube::api::DynamicObject;
+use kube::runtime::controller::Action;
+use kube::runtime::reflector::{ObjectRef, Store};
+
+use crate::commit::{Change, CommitError, Committer};
+use crate::model::{EndpointSlice, Node, NodeContext, ServiceName, SliceName};
+use crate::plan::ServicePlan;
+use crate::watch::{Index, Options, lower};
+
+/// The pause before a Service that the kernel refused is tried for the first time again.
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+
+/// The longest pause before a Service that the kernel refused is tried again.
+const LONGEST_PAUSE: Duration = Duration::from_secs(5 * 60);
+
+/// What all reconciles share.
+pub(super) struct Context {
+    store: Store<core::Service>,
+    committer: Committer,
+    state: Mutex<State>,
+}
+
+struct State {
+    index: Index,
+    /// Services whose plan has changed and that were not handed to the committer since, or that
+    /// the kernel refused.
+    unsettled: HashSet<ServiceName>,
+    /// The pauses to come of Services that the kernel refused.
+    pauses: HashMap<ServiceName, ExponentialBackoff>,
+}
+
+impl Context {
+    /// Nothing is known yet but what `store` will hold.
+    pub(super) fn new(
+        options: &Options,
+        store: Store<core::Service>,
+        committer: Committer,
+    ) -> Context {
+        let index = Index::new(options);
+        let state = State { index, unsettled: HashSet::new(), pauses: HashMap::new() };
+        Context { store, committer, state: Mutex::new(state) }
+    }
+
+    /// Takes a slice, or that it is gone. Gives the Services that are to be reconciled.
+    pub(super) fn set_slice(
+        &self,
+        name: &SliceName,
+        slice: Option<EndpointSlice>,
+    ) -> Vec<ServiceName> {
+        let mut state = self.state();
+        let touched = state.index.set_slice(name, slice);
+        state.unsettled.extend(touched.iter().cloned());
+        touched.into_iter().collect()
+    }
+
+    /// Takes the node, or that it is gone ([`Node::default`]). Gives what is known of it now, if
+    /// that is something else.
+    pub(super) fn set_node(&self, node: Node) -> Option<NodeContext> {
+        let mut state = self.state();
+        state.index.set_node(node).then(|| state.index.context().clone())
+    }
+
+    /// Hands the node to the committer, which reports and tries again what the kernel refuses.
+    pub(super) fn commit_node(&self, node: NodeContext) {
+        drop(self.committer.commit(Change::Node(node)));
+    }
+
+    /// What is to be adopted: everything in the store and in the index.
+    pub(super) fn everything(&self) -> (NodeContext, Vec<ServicePlan>) {
+        let mut state = self.state();
+        for object in self.store.state() {
+            let name = lower::service_name(&object);
+            state.index.set_service(&name, lower::service(&object));
+        }
+        state.unsettled.clear();
+        (state.index.context().clone(), state.index.plans().collect())
+    }
+
+    /// Brings the kernel to what the store and the index hold of a Service, be that nothing.
+    ///
+    /// Reading the store and handing over the change is one step under the lock, so whoever comes
+    /// last hands over what is newest, in whatever order events are handled.
+    pub(super) async fn sync(&self, service: &ServiceName) -> Result<(), CommitError> {
+        let Some(committed) = self.hand_over(service) else { return Ok(()) };
+        let committed = committed.await;
+        let mut state = self.state();
+        if committed.is_err() && state.index.contains(service) {
+            state.unsettled.insert(service.clone());
+        } else {
+            // What nobody asks for any more, the committer tries again by itself.
+            state.pauses.remove(service);
+        }
+        drop(state);
+        committed
+    }
+
+    fn hand_over(
+        &self,
+        service: &ServiceName,
+    ) -> Option<impl Future<Output = Result<(), CommitError>> + Send + use<>> {
+        let mut state = self.state();
+        let object = self.store.get(&reference(service));
+        let lowered = object.and_then(|object| lower::service(&object));
+        let changed = state.index.set_service(service, lowered);
+        let unsettled = state.unsettled.remove(service);
+        if !changed && !unsettled {
+            return None;
+        }
+        let plan = state.index.plan(service);
+        Some(self.committer.commit(Change::Service(service.clone(), plan)))
+    }
+
+    fn pause(&self, service: ServiceName) -> Duration {
+        let mut state = self.state();
+        let pauses = state.pauses.entry(service).or_insert_with(|| {
+            let pauses = ExponentialBuilder::default()
+                .with_min_delay(FIRST_PAUSE)
+                .with_max_delay(LONGEST_PAUSE)
+                .with_jitter()
+                .without_max_times();
+            pauses.build()
+        });
+        // Jitter comes on top.
+        pauses.next().unwrap_or(LONGEST_PAUSE).min(LONGEST_PAUSE)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // A panic under the lock leaves at worst a Service unsettled that is not.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Brings the kernel to what is known of a Service. What the Controller hands over is not looked
+/// at: the store may hold something newer.
+pub(super) async fn reconcile(
+    object: Arc<core::Service>,
+    context: Arc<Context>,
+) -> Result<Action, CommitError> {
+    context.sync(&lower::service_name(&object)).await?;
+    Ok(Action::await_change())
+}
+
+/// When to try again what the kernel refused.
+#[allow(clippy::needless_pass_by_value)] // as `Controller::run` asks for it
+pub(super) fn error_policy(
+    object: Arc<core::Service>,
+    _: &CommitError,
+    context: Arc<Context>,
+) -> Action {
+    Action::requeue(context.pause(lower::service_name(&object)))
+}
+
+/// How the store calls a Service.
+pub(super) fn reference(service: &ServiceName) -> ObjectRef<core::Service> {
+    ObjectRef::new(&service.name).within(&service.namespace)
+}
+
+/// The Service that the Controller calls so.
+pub(super) fn named(reference: &ObjectRef<DynamicObject>) -> ServiceName {
+    ServiceName::new(reference.namespace.clone().unwrap_or_default(), reference.name.clone())
+}
