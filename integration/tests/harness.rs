@@ -1,5 +1,6 @@
 //! The laboratory and its traffic, tested with plain nft rules.
 
+use std::fmt::Write;
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -11,13 +12,17 @@ use anyhow::{Context, Result};
 use portcullis_integration::lab::{FAMILIES, Family, Host, Lab, eventually};
 use portcullis_integration::requirement::{Requirement, available};
 use portcullis_integration::traffic::{
-    Flow, Outcome, PROTOCOLS, Probe, Protocol, Server, distribution, probe, probe_many,
+    Flow, Outcome, PROTOCOLS, Probe, Protocol, Server, Tally, distribution, probe, probe_all,
+    probe_many,
 };
 
 const LIMIT: Duration = Duration::from_secs(10);
 /// A Service address in both families.
 const SERVICE: [&str; 2] = ["10.96.0.10", "fd00:10:96::a"];
 
+/// Who asks, whom the node translates to, what postrouting does, and as whom the answering pod
+/// sees the client; nobody answers where that is `None`.
+type Translation<'a> = (&'a Host, &'a Host, &'a str, Option<&'a Host>);
 type Expectation<'a> = &'a dyn Fn(&Outcome) -> bool;
 
 fn ready() -> bool {
@@ -90,40 +95,43 @@ fn outcomes_are_told_apart() -> Result<()> {
     }
     let lab = Lab::new(1)?;
     let pod = &lab.pods[0];
-    let _servers = PROTOCOLS
-        .iter()
-        .map(|protocol| Server::start(pod, "pod", *protocol, 8080))
-        .collect::<Result<Vec<_>>>()?;
     let dropped = |o: &Outcome| *o == Outcome::TimedOut;
     let refused = |o: &Outcome| *o == Outcome::Refused;
     let answered = |o: &Outcome| o.by() == Some("pod");
     let unreachable = |o: &Outcome| matches!(o, Outcome::Unreachable(_));
     let every: &[Protocol] = &PROTOCOLS;
-    let cases: [(&str, &[Protocol], Expectation); 6] = [
-        ("accept", every, &answered),
-        ("drop", every, &dropped),
-        ("reject", every, &refused),
-        ("meta l4proto tcp reject with tcp reset", &[Protocol::Tcp], &refused),
-        ("reject with icmpx host-unreachable", every, &unreachable),
-        ("reject with icmpx admin-prohibited", every, &unreachable),
+    let cases: [(u16, &str, &[Protocol], Expectation); 6] = [
+        (1001, "accept", every, &answered),
+        (1002, "drop", every, &dropped),
+        (1003, "reject", every, &refused),
+        (1004, "reject with tcp reset", &[Protocol::Tcp], &refused),
+        (1005, "reject with icmpx host-unreachable", every, &unreachable),
+        (1006, "reject with icmpx admin-prohibited", every, &unreachable),
     ];
-    for (rule, protocols, expected) in cases {
-        lab.node.nft(&format!(
-            "table inet test
-            delete table inet test
-            table inet test {{
-                chain forward {{
-                    type filter hook forward priority filter;
-                    meta l4proto {{ tcp, udp, sctp }} th dport 8080 {rule}
-                }}
-            }}"
-        ))?;
+    let mut rules = String::new();
+    let mut servers = Vec::new();
+    let mut questions = Vec::new();
+    for (port, rule, protocols, expected) in cases {
         for protocol in protocols {
+            servers.push(Server::start(pod, "pod", *protocol, port)?);
+            let name = format!("{protocol:?}").to_lowercase();
+            writeln!(rules, "{name} dport {port} {rule}")?;
             for family in FAMILIES {
-                let outcome = probe(&lab.peer, (pod.address(family), 8080), *protocol)?;
-                assert!(expected(&outcome), "{rule} {protocol:?} {family:?}: {outcome:?}");
+                let question = Probe::new((pod.address(family), port), *protocol);
+                questions.push((rule, question, expected));
             }
         }
+    }
+    lab.node.nft(&format!(
+        "table inet test {{ chain forward {{
+            type filter hook forward priority filter
+            {rules}
+        }}\n}}"
+    ))?;
+    let asked: Vec<Probe> = questions.iter().map(|(_, question, _)| *question).collect();
+    for ((rule, question, expected), outcome) in questions.iter().zip(probe_all(&lab.peer, &asked)?)
+    {
+        assert!(expected(&outcome), "{rule}: {question:?}: {outcome:?}");
     }
     // Nobody listens. A raw SCTP server keeps the kernel from saying so.
     for protocol in [Protocol::Tcp, Protocol::Udp] {
@@ -132,14 +140,15 @@ fn outcomes_are_told_apart() -> Result<()> {
             assert_eq!(outcome, Outcome::Refused, "{protocol:?} {family:?}");
         }
     }
-    let outcome = probe(&lab.allowed, (lab.node.v4, 9), Protocol::Sctp)?;
-    assert_eq!(outcome, Outcome::Refused, "no SCTP in the kernel");
+    for family in FAMILIES {
+        let outcome = probe(&lab.allowed, (lab.node.address(family), 9), Protocol::Sctp)?;
+        assert_eq!(outcome, Outcome::Refused, "no SCTP in the kernel");
+    }
     // An address that the node does not translate goes nowhere, whoever asks.
+    let services = FAMILIES.map(|family| Probe::new((service(family), 80), Protocol::Tcp));
     for from in [&lab.allowed, &lab.refused, pod] {
-        for family in FAMILIES {
-            let outcome = probe(from, (service(family), 80), Protocol::Tcp)?;
-            assert_eq!(outcome, Outcome::TimedOut, "{} {family:?}", from.name());
-        }
+        let outcomes = probe_all(from, &services)?;
+        assert_eq!(outcomes, [Outcome::TimedOut, Outcome::TimedOut], "{}", from.name());
     }
     Ok(())
 }
@@ -150,39 +159,46 @@ fn translation_and_masquerade_are_seen() -> Result<()> {
         return Ok(());
     }
     let lab = Lab::new(2)?;
-    for protocol in PROTOCOLS {
-        let _local = Server::start(&lab.pods[0], "local", protocol, 8080)?;
-        let _remote = Server::start(&lab.remote_pod, "remote", protocol, 8080)?;
-        for family in FAMILIES {
-            let ask = |from: &Host| probe(from, (service(family), 80), protocol);
-            let program = |pod, postrouting| {
-                lab.node.nft("table inet test\ndelete table inet test")?;
-                lab.node.nft(&translate_to(pod, postrouting))
-            };
-            let what = format!("{protocol:?} {family:?}");
-
-            program(&lab.pods[0], "")?;
-            for from in [&lab.allowed, &lab.pods[1]] {
-                let seen = ask(from)?.seen_source().context("no answer")?;
-                assert_eq!(seen.ip(), from.address(family), "{what}: not masqueraded");
+    let _servers = PROTOCOLS
+        .iter()
+        .flat_map(|protocol| {
+            [(&lab.pods[0], "local"), (&lab.remote_pod, "remote")]
+                .map(|(pod, name)| Server::start(pod, name, *protocol, 8080))
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let masquerade = "ct status dnat masquerade fully-random";
+    let [local, other_local] = [&lab.pods[0], &lab.pods[1]];
+    let cases: [Translation<'_>; 6] = [
+        (&lab.allowed, local, "", Some(&lab.allowed)),
+        (other_local, local, "", Some(other_local)),
+        // A pod that reaches itself drops the packet that comes from its own address.
+        (local, local, "", None),
+        // Without masquerade the answer of a pod elsewhere does not pass the node.
+        (&lab.allowed, &lab.remote_pod, "", None),
+        (other_local, &lab.remote_pod, masquerade, Some(&lab.node)),
+        (&lab.allowed, &lab.remote_pod, masquerade, Some(&lab.node)),
+    ];
+    for (from, to, postrouting, seen) in cases {
+        lab.node.nft("table inet test\ndelete table inet test")?;
+        lab.node.nft(&translate_to(to, postrouting))?;
+        let questions = FAMILIES.map(|f| PROTOCOLS.map(|p| Probe::new((service(f), 80), p)));
+        let outcomes = probe_all(from, &questions.concat())?;
+        for (family, outcomes) in FAMILIES.iter().zip(outcomes.chunks(PROTOCOLS.len())) {
+            for outcome in outcomes {
+                let what = format!("{} -> {} {postrouting}: {outcome:?}", from.name(), to.name());
+                let source = outcome.seen_source().map(|source| source.ip());
+                assert_eq!(source, seen.map(|host| host.address(*family)), "{what}");
             }
-            // A pod that reaches itself drops the packet that comes from its own address.
-            assert_eq!(ask(&lab.pods[0])?, Outcome::TimedOut, "{what}: hairpin");
-
-            // Without masquerade the answer of a pod elsewhere does not pass the node.
-            program(&lab.remote_pod, "")?;
-            assert_eq!(ask(&lab.allowed)?, Outcome::TimedOut, "{what}: asymmetric");
-
-            program(&lab.pods[0], "ct status dnat masquerade fully-random")?;
-            let hairpin = ask(&lab.pods[0])?;
-            assert_eq!(hairpin.by(), Some("local"), "{what}");
-            assert_ne!(hairpin.seen_source().unwrap().ip(), lab.pods[0].address(family), "{what}");
-
-            program(&lab.remote_pod, "ct status dnat masquerade fully-random")?;
-            let masqueraded = ask(&lab.allowed)?;
-            assert_eq!(masqueraded.by(), Some("remote"), "{what}");
-            let seen = masqueraded.seen_source().context("no answer")?;
-            assert_eq!(seen.ip(), lab.node.address(family), "{what}");
+        }
+    }
+    // A hairpin that is masqueraded comes from the node's side of the pod's link.
+    lab.node.nft("table inet test\ndelete table inet test")?;
+    lab.node.nft(&translate_to(local, masquerade))?;
+    for (family, gateway) in FAMILIES.into_iter().zip(["10.244.0.1", "fd00:10:244::1"]) {
+        let questions = PROTOCOLS.map(|protocol| Probe::new((service(family), 80), protocol));
+        for outcome in probe_all(local, &questions)? {
+            let source = outcome.seen_source().map(|source| source.ip());
+            assert_eq!(source, Some(gateway.parse()?), "{outcome:?}");
         }
     }
     Ok(())
@@ -208,15 +224,20 @@ fn a_firewall_keeps_the_refused_client_out() -> Result<()> {
         }}",
         lab.allowed.v4, lab.allowed.v6
     ))?;
-    for protocol in PROTOCOLS {
-        let server = Server::start(&lab.node, "node", protocol, 30080)?;
-        for family in FAMILIES {
-            let to = (lab.node.address(family), 30080);
-            assert_eq!(probe(&lab.allowed, to, protocol)?.by(), Some("node"));
-            assert_eq!(probe(&lab.refused, to, protocol)?, Outcome::TimedOut);
-        }
-        assert_eq!(server.served(), 2, "{protocol:?}");
-    }
+    let servers = PROTOCOLS
+        .iter()
+        .map(|protocol| Server::start(&lab.node, "node", *protocol, 30080))
+        .collect::<Result<Vec<_>>>()?;
+    let questions = FAMILIES.map(|family| {
+        PROTOCOLS.map(|protocol| Probe::new((lab.node.address(family), 30080), protocol))
+    });
+    let questions = questions.concat().repeat(10);
+    let tally = Tally::of(probe_all(&lab.allowed, &questions)?);
+    assert_eq!(tally.by("node"), 60, "{tally:?}");
+    let tally = Tally::of(probe_all(&lab.refused, &questions)?);
+    assert_eq!(tally, Tally { timed_out: 60, ..Tally::default() });
+    let served: Vec<u64> = servers.iter().map(Server::served).collect();
+    assert_eq!(served, [20, 20, 20]);
     Ok(())
 }
 
@@ -265,13 +286,11 @@ fn refusals_are_not_rate_limited() -> Result<()> {
             chain input { type filter hook input priority 0; th dport 30080 reject; }
         }",
     )?;
-    for protocol in PROTOCOLS {
-        for family in FAMILIES {
-            let to = (lab.node.address(family), 30080);
-            let tally = probe_many(&lab.refused, to, protocol, 300)?;
-            assert_eq!(tally.refused, 300, "{protocol:?} {family:?}: {tally:?}");
-        }
-    }
+    let questions = FAMILIES.map(|family| {
+        PROTOCOLS.map(|protocol| Probe::new((lab.node.address(family), 30080), protocol))
+    });
+    let tally = Tally::of(probe_all(&lab.refused, &questions.concat().repeat(50))?);
+    assert_eq!(tally, Tally { refused: 300, ..Tally::default() });
     Ok(())
 }
 

@@ -165,7 +165,7 @@ const DEFAULTS: &[(&str, &str)] = &[
     ("net.ipv4.conf.default.send_redirects", "0"),
     // The limits are for the types in these masks: none.
     ("net.ipv4.icmp_ratemask", "0"),
-    ("net.ipv6.icmp.ratemask", ""),
+    ("net.ipv6.icmp.ratemask", "\n"),
     ("net.ipv6.conf.all.disable_ipv6", "0"),
     ("net.ipv6.conf.default.disable_ipv6", "0"),
     ("net.ipv6.conf.default.accept_dad", "0"),

@@ -86,9 +86,14 @@ impl Outcome {
     /// about it (no more file descriptors) is given back.
     fn from_error(error: io::Error) -> io::Result<Self> {
         match error.raw_os_error().map(Errno::from_raw) {
-            Some(Errno::ECONNREFUSED | Errno::ECONNRESET | Errno::EPIPE | Errno::ENOPROTOOPT) => {
-                Ok(Self::Refused)
-            }
+            // The last two: no such protocol, as ICMP and ICMPv6 say it.
+            Some(
+                Errno::ECONNREFUSED
+                | Errno::ECONNRESET
+                | Errno::EPIPE
+                | Errno::ENOPROTOOPT
+                | Errno::EPROTO,
+            ) => Ok(Self::Refused),
             // A rule on the client's own output hook dropped the datagram: the kernel tells the
             // sender, but nobody on the way would.
             Some(Errno::ETIMEDOUT | Errno::EPERM) => Ok(Self::TimedOut),

@@ -12,7 +12,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use socket2::{Domain, Socket, Type};
 
-use super::sctp::{self, Handshake, Reply};
+use super::sctp::{Handshake, Reply};
 use super::{Answer, Outcome, Protocol, datagram};
 use crate::lab::Namespace;
 
@@ -23,8 +23,9 @@ const TIMEOUT: Duration = Duration::from_millis(900);
 /// lost (`LockDroppedIcmps` of `nstat`), which between namespaces of one machine is the rule. The
 /// next SYN, a second later, is sent by a timer and gets its error.
 const TCP_TIMEOUT: Duration = Duration::from_millis(1500);
-/// How many probes are under way at a time.
-const WINDOW: usize = 256;
+/// How many probes are under way at a time. The SYNs that TCP repeats come in one burst, and
+/// the buffer of the socket that the kernel sends ICMP errors by holds some 150 of them.
+const WINDOW: usize = 100;
 /// Where source ports come from: outside the default range of node ports.
 const PORTS: std::ops::RangeInclusive<u16> = 33_000..=65_000;
 
@@ -108,7 +109,7 @@ impl Probe {
         probe_all(from, &[*self])?.pop().context("no outcome")
     }
 
-    /// Asks `count` times from `from`, up to 256 at a time. Fails as [`Probe::run`] does.
+    /// Asks `count` times from `from`, up to 100 at a time. Fails as [`Probe::run`] does.
     pub fn many(&self, from: &Namespace, count: usize) -> Result<Tally> {
         Ok(Tally::of(probe_all(from, &vec![*self; count])?))
     }
@@ -169,14 +170,12 @@ impl Attempt {
             Ok(opened) => opened,
             Err(error) => return Ok(Err(Outcome::from_error(error).context("connect")?)),
         };
-        let question = match &exchange {
-            Exchange::Tcp(_) => Vec::new(),
-            Exchange::Udp => b"0\n".to_vec(),
-            Exchange::Sctp(handshake) => handshake.init(),
+        let sent = match &exchange {
+            Exchange::Tcp(_) => Ok(()),
+            Exchange::Udp => socket.send(b"0\n").map(drop),
+            Exchange::Sctp(handshake) => handshake.send(&socket),
         };
-        if !question.is_empty()
-            && let Err(error) = socket.send(&question)
-        {
+        if let Err(error) = sent {
             return Ok(Err(Outcome::from_error(error).context("send")?));
         }
         let deadline = Instant::now() + probe.timeout;
@@ -185,48 +184,38 @@ impl Attempt {
 
     /// Takes what the socket has. `None` while there is no outcome.
     fn advance(&mut self) -> Result<Option<Outcome>> {
-        if self.ready {
-            let mut buffer = [0; 2048];
-            match self.receive(&mut buffer) {
-                Ok(outcome @ Some(_)) => return Ok(outcome),
-                Ok(None) => {}
-                Err(error) => match error.downcast::<io::Error>() {
-                    Ok(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                    Ok(error) => return Ok(Some(Outcome::from_error(error).context("receive")?)),
-                    Err(other) => return Err(other),
-                },
+        let line = if self.ready { self.receive() } else { Ok(None) };
+        match line {
+            Ok(Some(line)) if line.is_empty() => Ok(Some(Outcome::Refused)),
+            Ok(Some(line)) => Ok(Some(Answer::parse(line.trim_end())?.into())),
+            Err(error) if error.kind() != io::ErrorKind::WouldBlock => {
+                Ok(Some(Outcome::from_error(error).context("receive")?))
             }
+            _ => Ok((Instant::now() >= self.deadline).then_some(Outcome::TimedOut)),
         }
-        Ok((Instant::now() >= self.deadline).then_some(Outcome::TimedOut))
     }
 
-    fn receive(&mut self, buffer: &mut [u8]) -> Result<Option<Outcome>> {
-        let line = match &mut self.exchange {
+    /// The answer's line when it is complete; an empty one if the server closed without a word.
+    fn receive(&mut self) -> io::Result<Option<String>> {
+        let mut buffer = [0; 2048];
+        match &mut self.exchange {
             Exchange::Tcp(line) => {
-                let length = (&self.socket).read(buffer)?;
-                if length == 0 {
-                    return Ok(Some(Outcome::Refused)); // closed without a word
-                }
+                let length = (&self.socket).read(&mut buffer)?;
                 line.extend_from_slice(&buffer[..length]);
-                if !line.ends_with(b"\n") {
-                    return Ok(None);
-                }
-                std::str::from_utf8(line)?.to_owned()
+                let complete = length == 0 || line.ends_with(b"\n");
+                Ok(complete.then(|| String::from_utf8_lossy(line).into_owned()))
             }
             Exchange::Udp => {
-                let length = (&self.socket).read(buffer)?;
-                std::str::from_utf8(&buffer[..length])?.to_owned()
+                let length = (&self.socket).read(&mut buffer)?;
+                Ok(Some(String::from_utf8_lossy(&buffer[..length]).into_owned()))
             }
             Exchange::Sctp(handshake) => {
-                let length = sctp::receive(&self.socket, buffer)?;
-                match handshake.reply(self.to.ip(), &buffer[..length]) {
-                    None => return Ok(None),
-                    Some(Reply::Abort) => return Ok(Some(Outcome::Refused)),
-                    Some(Reply::Answer(line)) => line,
-                }
+                Ok(handshake.receive(&self.socket)?.map(|reply| match reply {
+                    Reply::Answer(line) => line,
+                    Reply::Abort => String::new(),
+                }))
             }
-        };
-        Ok(Some(Answer::parse(line.trim_end())?.into()))
+        }
     }
 }
 
@@ -292,7 +281,6 @@ fn open(probe: &Probe) -> io::Result<(Socket, Exchange)> {
         Protocol::Sctp => {
             let port = probe.source_port.unwrap_or_else(fresh_port);
             let (socket, handshake) = Handshake::open(probe.source, port, probe.to)?;
-            socket.set_nonblocking(true)?;
             (socket, Exchange::Sctp(handshake))
         }
     };

@@ -4,6 +4,7 @@ use std::io::{self, Read};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
 
+use nix::errno::Errno;
 use socket2::{Domain, Socket, Type};
 
 use super::{Answer, datagram};
@@ -20,12 +21,13 @@ const STATE_COOKIE: u16 = 7;
 
 /// The client's side of one association that is never finished.
 pub(super) struct Handshake {
+    to: SocketAddr,
     source_port: u16,
-    destination_port: u16,
     tag: u32,
 }
 
 /// What a packet means to a client.
+#[derive(Debug, PartialEq, Eq)]
 pub(super) enum Reply {
     /// An INIT ACK with the server's answer in its cookie.
     Answer(String),
@@ -34,8 +36,7 @@ pub(super) enum Reply {
 }
 
 impl Handshake {
-    /// A raw socket connected to `to`, and the handshake to do on it. ICMP errors for what it
-    /// sends come back as errors of the socket, as they do for UDP.
+    /// A raw socket connected to `to`, and the handshake to do on it.
     pub(super) fn open(
         source: Option<IpAddr>,
         source_port: u16,
@@ -47,21 +48,65 @@ impl Handshake {
             socket.bind(&SocketAddr::new(source, 0).into())?;
         }
         socket.connect(&SocketAddr::new(to.ip(), 0).into())?;
+        socket.set_nonblocking(true)?;
         // Never 0 (section 3.3.2), and no other handshake on this socket's machine has it.
         let tag = 0x5043_0000 | u32::from(source_port);
-        Ok((socket, Self { source_port, destination_port: to.port(), tag }))
+        Ok((socket, Self { to, source_port, tag }))
     }
 
-    /// The INIT to send.
-    pub(super) fn init(&self) -> Vec<u8> {
+    /// Sends the INIT.
+    pub(super) fn send(&self, socket: &Socket) -> io::Result<()> {
+        let init = self.init();
+        // The error may be about what another handshake with the same host sent before.
+        for _ in 0..10 {
+            match socket.send(&init) {
+                Err(error) if !is_dropped(&error) => {}
+                result => return result.map(drop),
+            }
+            if let Some(error) = self.own_error(socket) {
+                return Err(error);
+            }
+        }
+        socket.send(&init).map(drop)
+    }
+
+    /// Takes what the socket has for this handshake; `None` if that is nothing. An ICMP error
+    /// for the INIT is an error.
+    ///
+    /// A raw socket gets what comes from its peer's address, and every ICMP error about it,
+    /// whatever the ports: what is for other handshakes is skipped.
+    pub(super) fn receive(&self, mut socket: &Socket) -> io::Result<Option<Reply>> {
+        if let Some(error) = self.own_error(socket) {
+            return Err(error);
+        }
+        let mut buffer = [0; 2048];
+        // An error here was about another handshake, or its details are in the queue next time.
+        let Ok(length) = socket.read(&mut buffer) else { return Ok(None) };
+        Ok(self.reply(&buffer[..length]))
+    }
+
+    /// The next ICMP error for what this handshake sent.
+    fn own_error(&self, socket: &Socket) -> Option<io::Error> {
+        let mut quoted = [0; 256];
+        while let Some((length, error)) = datagram::next_error(socket, &mut quoted) {
+            // At least 8 bytes are quoted (RFC 792), of which these are the ports.
+            let ports = quoted[..length].split_at_checked(4).map(|(ports, _)| ports);
+            if ports == self.init().get(..4) {
+                return Some(error.into());
+            }
+        }
+        None
+    }
+
+    fn init(&self) -> Vec<u8> {
         // Section 8.5.1: a packet with an INIT has verification tag 0.
-        packet(self.source_port, self.destination_port, 0, INIT, self.tag, &[])
+        packet(self.source_port, self.to.port(), 0, INIT, self.tag, &[])
     }
 
-    /// What a packet that the socket gave means; `None` if it is for somebody else.
-    pub(super) fn reply(&self, family: IpAddr, bytes: &[u8]) -> Option<Reply> {
-        let packet = Packet::parse(transport(family, bytes)?)?;
-        let ours = packet.source_port == self.destination_port
+    /// What a packet means; `None` if it is for another handshake.
+    fn reply(&self, bytes: &[u8]) -> Option<Reply> {
+        let packet = Packet::parse(transport(self.to.ip(), bytes)?)?;
+        let ours = packet.source_port == self.to.port()
             && packet.destination_port == self.source_port
             && packet.verification_tag == self.tag;
         match packet.chunk {
@@ -126,9 +171,9 @@ impl Responder {
     }
 }
 
-/// Reads one packet from the socket of a [`Handshake`].
-pub(super) fn receive(mut socket: &Socket, buffer: &mut [u8]) -> io::Result<usize> {
-    socket.read(buffer)
+/// Whether a rule on the own output hook dropped what was sent.
+fn is_dropped(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(Errno::EPERM as i32)
 }
 
 /// The packet that answers `init`.
@@ -242,41 +287,39 @@ fn be32(bytes: &[u8]) -> u32 {
 mod tests {
     use super::*;
 
-    const V6: IpAddr = IpAddr::V6(Ipv6Addr::LOCALHOST);
+    fn handshake(source_port: u16) -> Handshake {
+        Handshake { to: (Ipv6Addr::LOCALHOST, 80).into(), source_port, tag: 42 }
+    }
 
-    fn exchange(cookie: &str) -> (Handshake, Vec<u8>) {
-        let handshake = Handshake { source_port: 4711, destination_port: 80, tag: 42 };
-        let init = handshake.init();
-        let acknowledgement = init_ack(&Packet::parse(&init).unwrap(), cookie);
-        (handshake, acknowledgement)
+    fn acknowledge(handshake: &Handshake, cookie: &str) -> Vec<u8> {
+        init_ack(&Packet::parse(&handshake.init()).unwrap(), cookie)
     }
 
     #[test]
     fn a_cookie_of_any_length_comes_back() {
         for cookie in ["", "a", "ab", "abc", "abcd", "0 pod-0 192.0.2.10:4711\n"] {
-            let (handshake, acknowledgement) = exchange(cookie);
+            let handshake = handshake(4711);
+            let acknowledgement = acknowledge(&handshake, cookie);
             assert_eq!(acknowledgement.len() % 4, 0);
-            match handshake.reply(V6, &acknowledgement) {
-                Some(Reply::Answer(answer)) => assert_eq!(answer, cookie),
-                _ => panic!("no answer for {cookie:?}"),
-            }
+            assert_eq!(handshake.reply(&acknowledgement), Some(Reply::Answer(cookie.into())));
         }
     }
 
     #[test]
     fn what_is_damaged_or_for_another_is_ignored() {
-        let (handshake, acknowledgement) = exchange("cookie");
+        let handshake = handshake(4711);
+        let acknowledgement = acknowledge(&handshake, "cookie");
         for byte in 0..acknowledgement.len() {
             let mut damaged = acknowledgement.clone();
             damaged[byte] ^= 1;
-            assert!(handshake.reply(V6, &damaged).is_none(), "byte {byte}");
+            assert_eq!(handshake.reply(&damaged), None, "byte {byte}");
         }
         for length in 0..acknowledgement.len() {
-            assert!(handshake.reply(V6, &acknowledgement[..length]).is_none(), "length {length}");
+            assert_eq!(handshake.reply(&acknowledgement[..length]), None, "length {length}");
         }
-        let other = Handshake { source_port: 4712, destination_port: 80, tag: 42 };
-        assert!(other.reply(V6, &acknowledgement).is_none());
-        assert!(handshake.reply(V6, &handshake.init()).is_none());
+        let other = Handshake { source_port: 4712, ..handshake };
+        assert_eq!(other.reply(&acknowledgement), None);
+        assert_eq!(other.reply(&other.init()), None);
     }
 
     #[test]
