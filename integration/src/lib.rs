@@ -25,11 +25,13 @@
 //! - [`requirement`]: whether this machine can run a privileged test. Without it such a test is
 //!   skipped with a line on stderr; with `CI=true` it fails.
 //! - [`lab`]: namespaces, the standard topology, commands and long-living processes in them.
+//! - [`controlplane`]: etcd, kube-apiserver and kube-controller-manager, and objects in them.
 //! - [`traffic`]: servers, probes, flows and distributions over TCP, UDP and SCTP.
 //!
 //! Nothing outlives a test process, however it ends: see [`lab`].
 
 pub mod binary;
+pub mod controlplane;
 pub mod daemon;
 pub mod lab;
 pub mod manifest;

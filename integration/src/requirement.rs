@@ -2,7 +2,6 @@
 
 use std::env;
 use std::io::{self, Write};
-use std::path::Path;
 use std::process::{Command, Stdio};
 
 use nix::unistd::Uid;
@@ -17,7 +16,7 @@ pub enum Requirement {
     Nft,
     /// The `conntrack` program.
     Conntrack,
-    /// The binaries of a Kubernetes control plane, or a Go toolchain to build them.
+    /// The binaries of a Kubernetes control plane, or what it takes to build them: Go.
     ControlPlane,
 }
 
@@ -53,11 +52,7 @@ impl Requirement {
                 .or_else(|| program("setpriv", "--version")),
             Self::Nft => program("nft", "--version"),
             Self::Conntrack => program("conntrack", "--version"),
-            Self::ControlPlane => {
-                let given = env::var_os("PORTCULLIS_CONTROLPLANE_DIR")
-                    .is_some_and(|dir| Path::new(&dir).join("kube-apiserver").is_file());
-                if given { None } else { program("go", "version") }
-            }
+            Self::ControlPlane => crate::controlplane::missing(),
         }
     }
 }

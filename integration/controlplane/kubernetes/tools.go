@@ -1,0 +1,12 @@
+//go:build tools
+
+// Package tools names the commands that build.sh builds, so that go.mod and go.sum cover them.
+//
+// To move to another Kubernetes release vX.Y.Z, change k8s.io/kubernetes to vX.Y.Z and every
+// replaced staging module to v0.Y.Z in go.mod, and run `go mod tidy`.
+package tools
+
+import (
+	_ "k8s.io/kubernetes/cmd/kube-apiserver"
+	_ "k8s.io/kubernetes/cmd/kube-controller-manager"
+)
