@@ -1,42 +1,66 @@
-//! The real `portcullis` binary.
+//! The portcullis program under test.
+//!
+//! ```no_run
+//! # use portcullis_integration::{binary, lab::Lab};
+//! # fn main() -> anyhow::Result<()> {
+//! let lab = Lab::new(1)?;
+//! let manifests = lab.directory().join("manifests");
+//! std::fs::create_dir(&manifests)?;
+//! let mut run = binary::command(["run", "--node-name", "node-1", "--manifests"])?;
+//! run.arg(&manifests);
+//! let portcullis = lab.spawn(&run, "portcullis")?; // killed when it is dropped
+//! let plan = lab.node.output(binary::command(["plan", "--help"])?)?;
+//! # Ok(())
+//! # }
+//! ```
 
+use std::env;
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
+use serde_json::Value;
 
-/// The binary under test, built when it is not up to date; `PORTCULLIS_BINARY` names another.
+/// A command that runs portcullis with these arguments.
+pub fn command<S: AsRef<OsStr>>(arguments: impl IntoIterator<Item = S>) -> Result<Command> {
+    let mut command = Command::new(path()?);
+    command.args(arguments);
+    Ok(command)
+}
+
+/// The program, built from the sources first, with the profile of the tests. With `PORTCULLIS_BIN`
+/// in the environment it is that file, as it is.
 ///
-/// `cargo test` builds binaries for the tests of their own package only, so this asks cargo, once
-/// in a process.
-pub fn portcullis() -> Result<&'static Path> {
-    static BINARY: OnceLock<Result<PathBuf, String>> = OnceLock::new();
-    let built = BINARY.get_or_init(|| build().map_err(|error| format!("{error:#}")));
-    built.as_deref().map_err(|error| anyhow::anyhow!("{error}"))
+/// Cargo tells a test the path of a binary only if both are in one package, and builds it only
+/// then.
+pub fn path() -> Result<&'static Path> {
+    static PATH: OnceLock<Result<PathBuf, String>> = OnceLock::new();
+    let path = PATH.get_or_init(|| match env::var_os("PORTCULLIS_BIN") {
+        Some(path) => Ok(path.into()),
+        None => build().map_err(|error| format!("{error:#}")),
+    });
+    path.as_deref().map_err(|error| anyhow!("{error}"))
 }
 
 fn build() -> Result<PathBuf> {
-    if let Some(path) = std::env::var_os("PORTCULLIS_BINARY") {
-        return Ok(path.into());
+    let root = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
+    let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    // With this package beside it, dependencies have the features that they have in the tests,
+    // and are not compiled again.
+    cargo.args(["build", "--quiet", "--bin", "portcullis", "--message-format", "json"]);
+    cargo.args(["--package", "portcullis", "--package", env!("CARGO_PKG_NAME")]);
+    if !cfg!(debug_assertions) {
+        cargo.arg("--release");
     }
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("the workspace")?;
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let mut command = Command::new(cargo);
-    // With the features that a test run of the workspace has, so that nothing is built twice.
-    command
-        .args(["build", "--quiet", "--locked", "--workspace", "--bin", "portcullis"])
-        .current_dir(root);
-    // A test of a release build drives a release build.
-    let own = std::env::current_exe().context("where this program is")?;
-    let release = own.components().any(|part| part.as_os_str() == "release");
-    if release {
-        command.arg("--release");
-    }
-    let status = command.status().context("run cargo build")?;
-    ensure!(status.success(), "cargo build --bin portcullis: {status}");
-    let target = std::env::var_os("CARGO_TARGET_DIR").map_or(root.join("target"), PathBuf::from);
-    let binary = target.join(if release { "release" } else { "debug" }).join("portcullis");
-    ensure!(binary.is_file(), "cargo built no {}", binary.display());
-    Ok(binary)
+    cargo.current_dir(root).stderr(Stdio::inherit());
+    let output = cargo.output().context("run cargo")?;
+    ensure!(output.status.success(), "cargo build failed: {}", output.status);
+    String::from_utf8(output.stdout)?
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok())
+        .filter(|message| message["target"]["name"] == "portcullis")
+        .find_map(|message| Some(message["executable"].as_str()?.into()))
+        .context("cargo built no program portcullis")
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-use crate::binary::portcullis;
+use crate::binary;
 use crate::lab::{Lab, Process};
 
 /// How long the daemon may take until it has programmed its node: far more than it needs.
@@ -19,8 +19,8 @@ pub const NODE_NAME: &str = "node-1";
 
 /// A command line of the real binary, ready for more arguments.
 pub fn command(arguments: &[&str]) -> Result<Command> {
-    let mut command = Command::new(portcullis()?);
-    command.args(arguments).env("RUST_LOG", "info");
+    let mut command = binary::command(arguments)?;
+    command.env("RUST_LOG", "info");
     Ok(command)
 }
 

@@ -25,6 +25,7 @@
 //! - [`requirement`]: whether this machine can run a privileged test. Without it such a test is
 //!   skipped with a line on stderr; with `CI=true` it fails.
 //! - [`lab`]: namespaces, the standard topology, commands and long-living processes in them.
+//! - [`binary`]: the portcullis program.
 //! - [`controlplane`]: etcd, kube-apiserver and kube-controller-manager, and objects in them.
 //! - [`traffic`]: servers, probes, flows and distributions over TCP, UDP and SCTP.
 //!

@@ -6,7 +6,7 @@ use std::process::{Command, Output};
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use portcullis_integration::binary::portcullis;
+use portcullis_integration::binary;
 use portcullis_integration::daemon::{command, follow_manifests};
 use portcullis_integration::lab::{Lab, scratch};
 use portcullis_integration::manifest::{Manifest, Port, write_node};
@@ -78,7 +78,7 @@ fn a_reader_that_leaves_is_no_error() -> Result<()> {
     let directory = scratch("cli")?;
     let script = format!(
         "{} plan --file {} | head -n 1",
-        portcullis()?.display(),
+        binary::path()?.display(),
         directory.path().display()
     );
     let output = Command::new("bash").args(["-o", "pipefail", "-c", &script]).output()?;
@@ -97,7 +97,7 @@ fn without_rights() -> Result<()> {
         let mut unprivileged = Command::new("setpriv");
         unprivileged
             .args(["--inh-caps=-all", "--bounding-set=-all", "--no-new-privs", "--"])
-            .arg(portcullis()?)
+            .arg(binary::path()?)
             .args(arguments)
             .current_dir(directory.path());
         expect_cannot(&lab.node.output(unprivileged)?, "CAP_NET_ADMIN")?;

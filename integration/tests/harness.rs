@@ -1,19 +1,22 @@
 //! The laboratory and its traffic, tested with plain nft rules.
 
-use std::fmt::Write;
+use std::fmt::Write as _;
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpListener;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Command, Output, Stdio};
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use portcullis_integration::binary;
 use portcullis_integration::lab::{FAMILIES, Family, Host, Lab, eventually};
 use portcullis_integration::requirement::{Requirement, available};
 use portcullis_integration::traffic::{
-    Flow, Outcome, PROTOCOLS, Probe, Protocol, Server, Tally, distribution, probe, probe_all,
-    probe_many,
+    Flow, Outcome, PROTOCOLS, Probe, Protocol, Server, Tally, distribution, http_get, probe,
+    probe_all, probe_many,
 };
 
 const LIMIT: Duration = Duration::from_secs(10);
@@ -420,6 +423,61 @@ fn processes_are_watched_and_ended() -> Result<()> {
 }
 
 #[test]
+fn the_program_under_test_runs_inside() -> Result<()> {
+    if !ready() {
+        return Ok(());
+    }
+    let lab = Lab::new(0)?;
+    let output = lab.node.output(binary::command(["--help"])?)?;
+    assert!(output.status.success(), "{output:?}");
+    Ok(())
+}
+
+#[test]
+fn http_is_asked_inside() -> Result<()> {
+    if !ready() {
+        return Ok(());
+    }
+    let lab = Lab::new(0)?;
+    let listener = lab.node.enter(|| TcpListener::bind((lab.node.v4, 8080)))?;
+    let server = thread::spawn(move || -> std::io::Result<String> {
+        let (mut stream, _) = listener.accept()?;
+        let mut request = [0; 1024];
+        let length = stream.read(&mut request)?;
+        stream.write_all(b"HTTP/1.0 200 OK\r\nContent-Type: text/plain\r\n\r\nhello")?;
+        Ok(String::from_utf8_lossy(&request[..length]).into_owned())
+    });
+    let response = http_get(&lab.allowed, (lab.node.v4, 8080), "/healthz")?;
+    assert_eq!((response.status, &*response.body), (200, "hello"));
+    assert_eq!(response.headers["content-type"], "text/plain");
+    let request = server.join().expect("the server's thread")?;
+    assert!(request.starts_with("GET /healthz HTTP/1.0\r\n"), "{request}");
+    assert!(http_get(&lab.allowed, (lab.node.v4, 8081), "/").is_err());
+    Ok(())
+}
+
+/// Runs a test of this file without the programs that it needs.
+fn run_without_programs(ci: Option<&str>) -> Result<Output> {
+    let mut test = Command::new(std::env::current_exe()?);
+    test.args(["--exact", "commands_run_inside"]).env("PATH", "/nonexistent").env_remove("CI");
+    test.envs(ci.map(|value| ("CI", value)));
+    Ok(test.output()?)
+}
+
+#[test]
+fn what_cannot_run_is_skipped_or_fails() -> Result<()> {
+    for ci in [None, Some("false"), Some("")] {
+        let output = run_without_programs(ci)?;
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{output:?}");
+        assert!(stderr.starts_with("SKIPPED commands_run_inside: "), "{stderr}");
+    }
+    let output = run_without_programs(Some("true"))?;
+    assert!(!output.status.success(), "skipped with CI=true: {output:?}");
+    Ok(())
+}
+
+#[test]
 fn a_panic_leaves_nothing_behind() -> Result<()> {
     if !ready() {
         return Ok(());
@@ -475,7 +533,7 @@ fn victim() -> Result<()> {
     let process = lab.spawn(Command::new("sleep").arg("300"), "sleep")?;
     let base = lab.directory().parent().context("no parent")?;
     println!("left behind: {} {}", process.pid(), base.display());
-    std::thread::sleep(Duration::from_secs(60));
+    thread::sleep(Duration::from_secs(60));
     Ok(())
 }
 

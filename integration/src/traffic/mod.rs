@@ -6,6 +6,7 @@
 //!   [`probe_many`] asks one many times and counts who answered, for distributions.
 //! - A [`Flow`] is a TCP connection or a UDP "connection" that stays, and can be asked whether it
 //!   still gets through.
+//! - [`http_get`] asks a health check or metrics.
 //! - [`distribution`] says whether counts fit the expected weights.
 //!
 //! Every probe has a source port that none before it in this process had (they are reused after
@@ -18,6 +19,7 @@
 mod datagram;
 pub mod distribution;
 mod flow;
+mod http;
 mod probe;
 mod sctp;
 mod server;
@@ -30,6 +32,7 @@ use anyhow::{Context, Result};
 use nix::errno::Errno;
 
 pub use flow::Flow;
+pub use http::{Response, http_get};
 pub use probe::{Probe, Tally, probe, probe_all, probe_many};
 pub use server::Server;
 
