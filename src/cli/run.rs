@@ -4,7 +4,7 @@ use anyhow::Context;
 use portcullis::commit::{Adoption, Committer, Worker};
 use portcullis::model::Severity;
 use portcullis::report::Reporter;
-use portcullis::watch::{Index, Options, manifests};
+use portcullis::watch::{Index, Options, cluster, manifests};
 use portcullis::{refused, ruleset};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -56,14 +56,16 @@ async fn follow(
             )?;
         }
         Source::Cluster(client) => {
-            let _ = client;
+            cluster::run(client, &options, committer, reporter, shutdown).await.map_err(
+                |error| match error {
+                    cluster::Error::Commit(error) => explain_commit(error),
+                    other => other.into(),
+                },
+            )?;
         }
     }
     // Every handle is gone, so the thread ends when it has done what was queued.
-    tokio::task::spawn_blocking(move || thread.join())
-        .await?
-        .ok()
-        .context("the committer failed")?;
+    tokio::task::spawn_blocking(move || thread.join()).await?.ok().context("the committer failed")?;
     tracing::info!("ended; the rules stay in force");
     Ok(Verdict::Fine)
 }
@@ -81,11 +83,12 @@ async fn once(
             reporter.manifests(loaded.diagnostics);
             loaded.index
         }
-        Source::Cluster(_) => anyhow::bail!("no cluster"),
+        Source::Cluster(client) => cluster::load(client, options).await?,
     };
     reporter.node(&index.context().node);
-    let adoption =
-        worker.adopt(index.context(), index.plans().collect()).map_err(explain_commit)?;
+    let adoption = worker
+        .adopt(index.context(), index.plans().collect())
+        .map_err(explain_commit)?;
     worker.finish_revocations();
     print(&summary(&index, adoption))?;
     let errors = reporter.diagnostics().iter().any(|d| d.severity == Severity::Error);
