@@ -16,6 +16,7 @@ mod worker;
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use thiserror::Error;
 use tokio::sync::oneshot;
@@ -67,6 +68,19 @@ pub struct Adoption {
     pub replaced: bool,
     /// Elements, chains, rules and sets written or deleted.
     pub operations: usize,
+}
+
+/// What all transactions of a worker have cost so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Totals {
+    /// Transactions, those that were refused included.
+    pub transactions: usize,
+    /// Elements, chains, rules and sets written or deleted.
+    pub operations: usize,
+    /// Bytes handed to the kernel.
+    pub bytes: usize,
+    /// Time from handing over a transaction to the kernel's answer.
+    pub kernel_time: Duration,
 }
 
 /// Why a change is not in force.

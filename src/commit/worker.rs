@@ -5,13 +5,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::io;
 use std::sync::Arc;
+use std::time::Instant;
 
 use ipnet::IpNet;
 
 use super::adopt::{Found, lay_out};
 use super::applied::{Applied, Step};
 use super::revoke::{self, Revocation, Revoker};
-use super::{Adoption, Change, CommitError, Report};
+use super::{Adoption, Change, CommitError, Report, Totals};
 use crate::model::NodeContext;
 use crate::netlink::{self, Batch, Error, Refusal, Socket, TableFlags};
 use crate::plan::{Desired, ServicePlan};
@@ -35,6 +36,7 @@ pub struct Worker {
     /// desired. They are tried again with their next change or [`Worker::retry_refused`].
     refused: Refused,
     revoker: Revoker,
+    totals: Totals,
     report: Box<dyn FnMut(Report) + Send>,
 }
 
@@ -59,6 +61,7 @@ impl Worker {
             applied: Applied::default(),
             refused: Refused::new(),
             revoker: Revoker::start(),
+            totals: Totals::default(),
             report: Box::new(report),
         })
     }
@@ -71,6 +74,11 @@ impl Worker {
     /// Whether the kernel refuses some subject.
     pub fn has_refused(&self) -> bool {
         !self.refused.is_empty()
+    }
+
+    /// What all transactions have cost so far.
+    pub fn totals(&self) -> Totals {
+        self.totals
     }
 
     /// Makes the kernel hold exactly what these plans ask for; see [`super::Committer::adopt`].
@@ -177,7 +185,7 @@ impl Worker {
         while let Some(targets) = parts.pop() {
             let mut batch = Batch::new(TABLE);
             let step = self.applied.stage(targets, &mut batch);
-            let result = if batch.operations() == 0 { Ok(()) } else { self.socket.commit(batch) };
+            let result = if batch.operations() == 0 { Ok(()) } else { self.send(batch) };
             let Err(error) = result else {
                 self.install(step, revoked);
                 continue;
@@ -304,7 +312,7 @@ impl Worker {
         }
         let operations = batch.operations() - free;
         if batch.operations() > 0
-            && let Err(error) = self.socket.commit(batch)
+            && let Err(error) = self.send(batch)
         {
             return Err((error, targets));
         }
@@ -335,6 +343,19 @@ impl Worker {
         self.revoker.sweep(revoked, self.node_addresses());
         self.refused.extend(refused);
         Ok(adoption)
+    }
+
+    /// Has the kernel do a transaction, and counts it.
+    fn send(&mut self, batch: Batch) -> Result<(), Error> {
+        let operations = batch.operations();
+        let transaction = batch.finish();
+        let begun = Instant::now();
+        let result = self.socket.commit_encoded(&transaction);
+        self.totals.transactions += 1;
+        self.totals.operations += operations;
+        self.totals.bytes += transaction.size();
+        self.totals.kernel_time += begun.elapsed();
+        result
     }
 
     fn node_addresses(&self) -> Vec<IpNet> {
