@@ -1,0 +1,97 @@
+//! The machine that the figures come from, and its memory.
+
+use std::process::Command;
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+
+/// What readers need to know to judge the figures.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Machine {
+    /// The CPU's own name.
+    pub cpu: String,
+    /// Cores that this process may use.
+    pub cores: usize,
+    /// Memory in MiB.
+    pub memory_mib: u64,
+    /// The kernel's release.
+    pub kernel: String,
+    /// The version of nft.
+    pub nft: String,
+    /// The version of the compiler.
+    pub rustc: String,
+    /// The commit that was measured.
+    pub commit: String,
+    /// Processes that wanted to run besides, on average over the minute before.
+    pub load: String,
+    /// When, in UTC.
+    pub time: String,
+}
+
+impl Machine {
+    /// This machine, now.
+    pub fn describe() -> Machine {
+        let rustc = std::env::var("RUSTC").unwrap_or_else(|_| "rustc".to_owned());
+        Machine {
+            cpu: field("/proc/cpuinfo", "model name").unwrap_or_else(unknown),
+            cores: std::thread::available_parallelism().map_or(0, usize::from),
+            memory_mib: kib("/proc/meminfo", "MemTotal").unwrap_or_default() / 1024,
+            kernel: read("/proc/sys/kernel/osrelease").unwrap_or_else(unknown),
+            nft: first_line("nft", &["--version"]).unwrap_or_else(unknown),
+            rustc: first_line(&rustc, &["--version"]).unwrap_or_else(unknown),
+            commit: first_line("git", &["describe", "--always", "--dirty", "--abbrev=12"])
+                .unwrap_or_else(unknown),
+            load: read("/proc/loadavg")
+                .and_then(|load| Some(load.split_whitespace().next()?.to_owned()))
+                .unwrap_or_else(unknown),
+            time: jiff::Timestamp::now().strftime("%Y-%m-%d %H:%M UTC").to_string(),
+        }
+    }
+}
+
+/// The most memory that this process ever had, in KiB.
+///
+/// # Errors
+/// When /proc does not tell.
+pub fn peak_kib() -> Result<u64> {
+    kib("/proc/self/status", "VmHWM").context("/proc/self/status has no VmHWM")
+}
+
+/// Memory that the kernel has for itself, in KiB: objects, large tables and per-CPU counters.
+///
+/// # Errors
+/// When /proc does not tell.
+pub fn kernel_kib() -> Result<i64> {
+    let mut sum = 0;
+    for name in ["SUnreclaim", "VmallocUsed", "Percpu"] {
+        let part = kib("/proc/meminfo", name).with_context(|| format!("no {name}"))?;
+        sum += i64::try_from(part).context("too much memory")?;
+    }
+    Ok(sum)
+}
+
+fn kib(file: &str, name: &str) -> Option<u64> {
+    field(file, name)?.strip_suffix(" kB")?.trim().parse().ok()
+}
+
+/// The value behind `name:` in a file of such lines.
+fn field(file: &str, name: &str) -> Option<String> {
+    let text = std::fs::read_to_string(file).ok()?;
+    text.lines().find_map(|line| {
+        let (key, value) = line.split_once(':')?;
+        (key.trim() == name).then(|| value.trim().to_owned())
+    })
+}
+
+fn read(file: &str) -> Option<String> {
+    Some(std::fs::read_to_string(file).ok()?.trim().to_owned())
+}
+
+fn first_line(program: &str, arguments: &[&str]) -> Option<String> {
+    let output = Command::new(program).args(arguments).output().ok()?;
+    Some(String::from_utf8_lossy(&output.stdout).lines().next()?.trim().to_owned())
+}
+
+fn unknown() -> String {
+    "unknown".to_owned()
+}

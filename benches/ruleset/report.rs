@@ -1,0 +1,397 @@
+//! Results as text: raw data, and tables for docs/benchmarks.md.
+
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::Results;
+use crate::cluster::Size;
+use crate::machine::Machine;
+use crate::measure::{Measurement, Objects, Proxy, What, percentile};
+
+const BEGIN: &str = "<!-- results of `make bench`: begin -->";
+const END: &str = "<!-- results of `make bench`: end -->";
+
+/// The raw data: JSON with one measurement a line, so that a change of it can be read.
+///
+/// # Errors
+/// Never in practice: everything can be written as JSON.
+pub fn raw(results: &Results) -> Result<String> {
+    let mut text = String::from("{\n\"machine\": ");
+    text.push_str(&serde_json::to_string_pretty(&results.machine)?);
+    text.push_str(",\n\"measurements\": [\n");
+    for (index, measurement) in results.measurements.iter().enumerate() {
+        text.push_str(if index > 0 { ",\n" } else { "" });
+        text.push_str(&serde_json::to_string(measurement)?);
+    }
+    text.push_str("\n]\n}\n");
+    Ok(text)
+}
+
+/// Puts `results` between the markers in `file`.
+///
+/// # Errors
+/// When the file or the markers are not there.
+pub fn replace(file: &Path, results: &str) -> Result<()> {
+    let text =
+        std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
+    let missing = || format!("{} has no line {BEGIN} before a line {END}", file.display());
+    let (before, rest) = text.split_once(BEGIN).with_context(missing)?;
+    let (_, after) = rest.split_once(END).with_context(missing)?;
+    std::fs::write(file, format!("{before}{BEGIN}\n\n{results}\n{END}{after}"))
+        .with_context(|| format!("cannot write {}", file.display()))
+}
+
+/// That the number of chains and rules does not depend on the number of Services.
+///
+/// # Errors
+/// When it does.
+pub fn check_objects(measurements: &[Measurement]) -> Result<()> {
+    let loads = measurements.iter().filter(|m| m.proxy == Proxy::Portcullis && m.size.cidrs == 0);
+    let objects: BTreeSet<_> =
+        loads.filter_map(|m| m.outcome.objects.map(|o| (o.chains, o.rules, o.sets))).collect();
+    ensure!(objects.len() <= 1, "tables of different sizes have different objects: {objects:?}");
+    Ok(())
+}
+
+/// The tables.
+pub fn markdown(results: &Results) -> String {
+    let Results { machine, measurements } = results;
+    let mut out = String::new();
+    describe(&mut out, machine);
+    bars(&mut out, measurements);
+    cold_loads(&mut out, measurements);
+    changes(&mut out, measurements);
+    restarts(&mut out, measurements);
+    objects(&mut out, measurements);
+    out
+}
+
+fn describe(out: &mut String, machine: &Machine) {
+    let _ = writeln!(
+        out,
+        "Measured {} at commit `{}` on {}, {} cores, {:.0} GiB, Linux {}, {}, {}; load average \
+         before: {}.",
+        machine.time,
+        machine.commit,
+        machine.cpu,
+        machine.cores,
+        machine.memory_mib.div_ceil(1024),
+        machine.kernel,
+        machine.nft,
+        machine.rustc,
+        machine.load,
+    );
+}
+
+/// What we ask of ourselves, and whether it is reached.
+fn bars(out: &mut String, all: &[Measurement]) {
+    let load = |services, endpoints, cidrs| {
+        find(all, Proxy::Portcullis, What::ColdLoad, Size { services, endpoints, cidrs })
+    };
+    let seconds = |m: Option<&Measurement>, share| percentile(&m?.outcome.seconds, share);
+    let limit = |name: &str, got: Option<f64>, most: f64, show: &dyn Fn(f64) -> String| {
+        got.map(|got| (name.to_owned(), show(most), show(got), got <= most))
+    };
+    let change = |what| {
+        let size = Size { services: 10_000, endpoints: 3, cidrs: 0 };
+        seconds(find(all, Proxy::Portcullis, what, size), 0.99)
+    };
+    let peak = load(100_000, 10, 0)
+        .and_then(|m| m.outcome.peak_kib.iter().max())
+        .map(|kib| as_f64(*kib as usize) / 1024.0);
+    let writes = all
+        .iter()
+        .filter(|m| m.what == What::Restart)
+        .flat_map(|m| m.outcome.operations.iter().copied())
+        .max();
+    let size = Size { services: 10_000, endpoints: 10, cidrs: 0 };
+    let yardstick = seconds(find(all, Proxy::KubeProxyShape, What::ColdLoad, size), 0.5);
+    let ratio =
+        yardstick.zip(seconds(load(10_000, 10, 0), 0.5)).map(|(theirs, ours)| theirs / ours);
+
+    let mut rows = Vec::new();
+    let mib = |mib: f64| format!("{mib:.0} MiB");
+    rows.extend(limit("load 10,000 Services x 10", seconds(load(10_000, 10, 0), 0.5), 0.4, &time));
+    rows.extend(ratio.map(|ratio| {
+        let name = "the same, against kube-proxy's shape".to_owned();
+        (name, "50 times faster".to_owned(), format!("{ratio:.0} times"), ratio >= 50.0)
+    }));
+    rows.extend(limit("load 44,125 Services x 3", seconds(load(44_125, 3, 0), 0.5), 1.0, &time));
+    rows.extend(limit(
+        "load 100,000 Services x 10",
+        seconds(load(100_000, 10, 0), 0.5),
+        5.0,
+        &time,
+    ));
+    rows.extend(limit("peak memory of that", peak, 1024.0, &mib));
+    for (name, what) in [
+        ("endpoint replaced at 10,000 Services, p99", What::EndpointReplaced),
+        ("endpoint count changed at 10,000 Services, p99", What::EndpointCount),
+    ] {
+        rows.extend(limit(name, change(what), 0.002, &time));
+    }
+    rows.extend(limit(
+        "100,000 CIDRs over 2,000 Services",
+        seconds(load(2_000, 3, 50), 0.5),
+        1.0,
+        &time,
+    ));
+    rows.extend(writes.map(|writes| {
+        let name = "elements written on restart".to_owned();
+        (name, "0".to_owned(), writes.to_string(), writes == 0)
+    }));
+    if rows.is_empty() {
+        return;
+    }
+    out.push_str("\n### What we ask of ourselves\n\n");
+    header(out, &["", "at most", "measured", ""]);
+    for (name, most, got, reached) in rows {
+        row(out, &[name, most, got, if reached { "reached" } else { "**missed**" }.to_owned()]);
+    }
+}
+
+fn cold_loads(out: &mut String, all: &[Measurement]) {
+    let loads: Vec<_> = all.iter().filter(|m| m.what == What::ColdLoad).collect();
+    if loads.is_empty() {
+        return;
+    }
+    out.push_str("\n### Loading everything into an empty kernel\n\n");
+    header(
+        out,
+        &[
+            "Services x endpoints",
+            "",
+            "median",
+            "fastest - slowest",
+            "of it planning",
+            "of it kernel",
+            "operations",
+            "bytes",
+            "peak memory",
+            "kernel memory",
+            "ratio",
+        ],
+    );
+    for load in loads {
+        let outcome = &load.outcome;
+        let ours = find(all, Proxy::Portcullis, What::ColdLoad, load.size);
+        row(
+            out,
+            &[
+                size(load.size),
+                proxy(load.proxy).to_owned(),
+                median(&outcome.seconds),
+                spread(&outcome.seconds),
+                median(&outcome.plan_seconds),
+                median(&outcome.kernel_seconds),
+                thousands(outcome.operations.first().copied().unwrap_or_default()),
+                bytes(outcome.bytes.first().copied().unwrap_or_default()),
+                bytes(outcome.peak_kib.iter().max().map_or(0, |kib| *kib as usize * 1024)),
+                median_kib(&outcome.kernel_kib),
+                ratio(load, ours),
+            ],
+        );
+    }
+}
+
+fn changes(out: &mut String, all: &[Measurement]) {
+    const KINDS: [(What, &str); 7] = [
+        (What::EndpointReplaced, "an endpoint is replaced"),
+        (What::EndpointCount, "an endpoint goes or comes"),
+        (What::EndpointCountAlone, "the same, and nobody else has as many"),
+        (What::ServiceAdded, "a Service comes"),
+        (What::ServiceRemoved, "a Service goes"),
+        (What::CidrAdded, "a firewall lets in one more CIDR"),
+        (What::Listing, "kube-proxy's listing before each change"),
+    ];
+    let changes =
+        KINDS.map(|(what, name)| (name, all.iter().filter(|m| m.what == what).collect::<Vec<_>>()));
+    if changes.iter().all(|(_, rows)| rows.is_empty()) {
+        return;
+    }
+    out.push_str("\n### Changing one thing\n\n");
+    header(
+        out,
+        &[
+            "change",
+            "Services x endpoints",
+            "",
+            "p50",
+            "p99",
+            "max",
+            "of it kernel, p50",
+            "operations",
+            "ratio of p50",
+        ],
+    );
+    for (name, rows) in changes {
+        for measurement in rows {
+            let outcome = &measurement.outcome;
+            let ours = find(all, Proxy::Portcullis, measurement.what, measurement.size);
+            let at = |share| percentile(&outcome.seconds, share).map(time).unwrap_or_default();
+            row(
+                out,
+                &[
+                    name.to_owned(),
+                    size(measurement.size),
+                    proxy(measurement.proxy).to_owned(),
+                    at(0.5),
+                    // Of a few values the 99th percentile is the largest.
+                    if outcome.seconds.len() < 100 { String::new() } else { at(0.99) },
+                    at(1.0),
+                    median(&outcome.kernel_seconds),
+                    range(&outcome.operations),
+                    ratio(measurement, ours),
+                ],
+            );
+        }
+    }
+}
+
+fn restarts(out: &mut String, all: &[Measurement]) {
+    let restarts: Vec<_> = all.iter().filter(|m| m.what == What::Restart).collect();
+    if restarts.is_empty() {
+        return;
+    }
+    out.push_str("\n### Restarting on a kernel that holds everything\n\n");
+    header(out, &["Services x endpoints", "median", "fastest - slowest", "elements written"]);
+    for restart in restarts {
+        let outcome = &restart.outcome;
+        row(
+            out,
+            &[
+                size(restart.size),
+                median(&outcome.seconds),
+                spread(&outcome.seconds),
+                range(&outcome.operations),
+            ],
+        );
+    }
+}
+
+fn objects(out: &mut String, all: &[Measurement]) {
+    let counted: Vec<_> =
+        all.iter().filter_map(|m| m.outcome.objects.map(|objects| (m, objects))).collect();
+    if counted.is_empty() {
+        return;
+    }
+    out.push_str("\n### Objects in the table\n\n");
+    header(out, &["Services x endpoints", "", "chains", "rules", "sets and maps"]);
+    for (measurement, Objects { chains, rules, sets }) in counted {
+        row(
+            out,
+            &[
+                size(measurement.size),
+                proxy(measurement.proxy).to_owned(),
+                thousands(chains),
+                thousands(rules),
+                thousands(sets),
+            ],
+        );
+    }
+}
+
+fn find(all: &[Measurement], proxy: Proxy, what: What, size: Size) -> Option<&Measurement> {
+    all.iter().find(|m| (m.proxy, m.what, m.size) == (proxy, what, size))
+}
+
+/// How many times as long as ours this takes.
+fn ratio(this: &Measurement, ours: Option<&Measurement>) -> String {
+    let half = |m: &Measurement| percentile(&m.outcome.seconds, 0.5);
+    match (this.proxy, half(this), ours.and_then(half)) {
+        (Proxy::KubeProxyShape, Some(theirs), Some(ours)) => format!("{:.0}", theirs / ours),
+        _ => String::new(),
+    }
+}
+
+fn proxy(proxy: Proxy) -> &'static str {
+    match proxy {
+        Proxy::Portcullis => "portcullis",
+        Proxy::KubeProxyShape => "kube-proxy's shape",
+    }
+}
+
+fn size(size: Size) -> String {
+    let plain = format!("{} x {}", thousands(size.services), size.endpoints);
+    match size.cidrs {
+        0 => plain,
+        cidrs => {
+            let restricted = size.services.min(crate::cluster::NODE_PORTS);
+            format!("{plain}, {} CIDRs", thousands(restricted * cidrs))
+        }
+    }
+}
+
+fn header(out: &mut String, cells: &[&str]) {
+    let cells: Vec<String> = cells.iter().map(|cell| (*cell).to_owned()).collect();
+    row(out, &cells);
+    row(out, &cells.iter().map(|_| "---".to_owned()).collect::<Vec<_>>());
+}
+
+fn row(out: &mut String, cells: &[String]) {
+    let _ = writeln!(out, "| {} |", cells.join(" | "));
+}
+
+fn median(seconds: &[f64]) -> String {
+    percentile(seconds, 0.5).map(time).unwrap_or_default()
+}
+
+fn spread(seconds: &[f64]) -> String {
+    let ends = percentile(seconds, 0.0).zip(percentile(seconds, 1.0));
+    ends.map(|(least, most)| format!("{} - {}", time(least), time(most))).unwrap_or_default()
+}
+
+/// Three digits and a unit.
+fn time(seconds: f64) -> String {
+    match seconds {
+        s if s >= 99.95 => format!("{s:.0} s"),
+        s if s >= 9.995 => format!("{s:.1} s"),
+        s if s >= 0.9995 => format!("{s:.2} s"),
+        s if s >= 0.009_995 => format!("{:.0} ms", s * 1e3),
+        s if s >= 0.000_999_5 => format!("{:.1} ms", s * 1e3),
+        s => format!("{:.2} ms", s * 1e3),
+    }
+}
+
+fn bytes(bytes: usize) -> String {
+    match as_f64(bytes) {
+        0.0 => String::new(),
+        b if b < 1e3 => format!("{b:.0} B"),
+        b if b < 1e6 => format!("{:.1} kB", b / 1e3),
+        b => format!("{:.1} MB", b / 1e6),
+    }
+}
+
+fn median_kib(kib: &[i64]) -> String {
+    let values: Vec<f64> = kib.iter().map(|k| as_f64(usize::try_from(*k).unwrap_or(0))).collect();
+    percentile(&values, 0.5).map(|kib| format!("{:.0} MB", kib * 1024.0 / 1e6)).unwrap_or_default()
+}
+
+fn range(operations: &[usize]) -> String {
+    match (operations.iter().min(), operations.iter().max()) {
+        (Some(least), Some(most)) if least == most => thousands(*least),
+        (Some(least), Some(most)) => format!("{} - {}", thousands(*least), thousands(*most)),
+        _ => String::new(),
+    }
+}
+
+/// `44125` as `44,125`.
+fn thousands(number: usize) -> String {
+    let digits = number.to_string();
+    let mut text = String::new();
+    for (index, digit) in digits.chars().enumerate() {
+        if index > 0 && (digits.len() - index).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+#[expect(clippy::cast_precision_loss)]
+fn as_f64(number: usize) -> f64 {
+    number as f64
+}
