@@ -42,8 +42,8 @@ impl Listener {
     /// Takes the group over.
     ///
     /// # Errors
-    /// [`Error::List`] with the kernel's reason: `EBUSY` if another process listens to the group,
-    /// `EPERM` without CAP_NET_ADMIN.
+    /// [`Error::List`] with the kernel's reason: `EPERM` if another socket listens to the group, or
+    /// without CAP_NET_ADMIN.
     pub fn open(group: u16) -> Result<Listener, Error> {
         let mut socket = RawSocket::new(NETLINK_NETFILTER).map_err(Error::Open)?;
         socket.bind_auto().map_err(Error::Open)?;
