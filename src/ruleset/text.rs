@@ -4,8 +4,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use ipnet::IpNet;
-
 use super::TABLE;
 use super::chains::{BASE_CHAINS, base_rules};
 use super::contribution::{Contribution, hairpin_element};
@@ -172,11 +170,8 @@ fn interval_text(key: &ElementKey, spec: &SetSpec) -> String {
     };
     let (width, host) = if *family == Family::V4 { (32, 32) } else { (128, 128) };
     let prefix = u8::try_from(width - size_bits).expect("at most 128");
-    if prefix == host {
-        first.to_string()
-    } else {
-        IpNet::new(first, prefix).map_or_else(|_| first.to_string(), |net| net.to_string())
-    }
+    let first = address_text(first);
+    if prefix == host { first } else { format!("{first}/{prefix}") }
 }
 
 fn fields_text(fields: &[Field], mut bytes: &[u8]) -> String {
@@ -194,7 +189,7 @@ fn field_text(field: Field, value: &[u8]) -> String {
         value.get(range).unwrap_or_default().iter().fold(0_u32, |n, b| n << 8 | u32::from(*b))
     };
     match field {
-        Field::Address(family) => address(family, value).to_string(),
+        Field::Address(family) => address_text(address(family, value)),
         Field::Protocol => match number(0..1) {
             6 => "tcp".to_owned(),
             17 => "udp".to_owned(),
@@ -213,5 +208,17 @@ fn address(family: Family, value: &[u8]) -> IpAddr {
     match family {
         Family::V4 => Ipv4Addr::from(value.first_chunk().copied().unwrap_or([0; 4])).into(),
         Family::V6 => Ipv6Addr::from(value.first_chunk().copied().unwrap_or([0; 16])).into(),
+    }
+}
+
+/// An address as nft prints it, which is how glibc's `inet_ntop` does: like Rust, but with the last
+/// four bytes as IPv4 where exactly the twelve before them are zero (`::192.0.2.1`).
+fn address_text(address: IpAddr) -> String {
+    match address {
+        IpAddr::V6(v6) if v6.segments()[..6] == [0; 6] && v6.segments()[6] != 0 => {
+            let [.., a, b, c, d] = v6.octets();
+            format!("::{}", Ipv4Addr::new(a, b, c, d))
+        }
+        _ => address.to_string(),
     }
 }
