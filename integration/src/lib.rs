@@ -27,6 +27,7 @@
 //! - [`lab`]: namespaces, the standard topology, commands and long-living processes in them.
 //! - [`binary`]: the portcullis program.
 //! - [`controlplane`]: etcd, kube-apiserver and kube-controller-manager, and objects in them.
+//! - [`services`]: Services in a few words, for tests that drive the library itself.
 //! - [`traffic`]: servers, probes, flows and distributions over TCP, UDP and SCTP.
 //!
 //! Nothing outlives a test process, however it ends: see [`lab`].
@@ -37,4 +38,5 @@ pub mod daemon;
 pub mod lab;
 pub mod manifest;
 pub mod requirement;
+pub mod services;
 pub mod traffic;
