@@ -176,7 +176,7 @@ impl Measured {
         let begun = Instant::now();
         let plans = cluster.plans();
         let planned = begun.elapsed();
-        let adoption = self.worker.adopt(node, plans)?;
+        let adoption = self.worker.adopt(&node, plans)?;
         outcome.add(begun.elapsed());
         outcome.plan_seconds.push(planned.as_secs_f64());
         self.note(before, outcome)?;

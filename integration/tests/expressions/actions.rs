@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use portcullis::model::Family;
 use portcullis::netlink::{
-    Batch, Element, ElementData, Expression, LimitUnit, Listener, LoggedPacket, MetaKey, NatKind,
+    Batch, CmpOp, Element, ElementData, Expression, LimitUnit, Listener, LoggedPacket, MetaKey, NatKind,
     Register, Set, SetData, Verdict,
 };
 use portcullis_integration::traffic::{Protocol, distribution, probe_many};
@@ -268,6 +268,26 @@ fn refusals() -> Vec<Case> {
                 let refused = [udp(v4, PORT), udp(v6, PORT), tcp(v4, PORT), tcp(v6, PORT)];
                 let mut packets = refused.map(|probe| (probe, Fate::Refusal)).to_vec();
                 packets.push((udp(v6, OTHER_PORT), Fate::By("node")));
+                expect(&world.lab.allowed, &packets)
+            },
+        ),
+        Case::rule(
+            "reject with a reset",
+            INPUT,
+            rule![
+                [
+                    Expression::Meta { key: MetaKey::L4Proto, into: Register::word(0) },
+                    Expression::Cmp { register: Register::word(0), op: CmpOp::Eq, with: vec![6] },
+                ],
+                to_port(PORT),
+                [Expression::Counter, Expression::RejectTcpReset]
+            ],
+            "chain c { type filter hook input priority filter; policy accept;
+                tcp dport 8080 counter packets 0 bytes 0 reject with tcp reset }",
+            |world| {
+                let [v4, v6] = node(world);
+                let mut packets = vec![(tcp(v4, PORT), Fate::Refusal), (tcp(v6, PORT), Fate::Refusal)];
+                packets.push((udp(v4, PORT), Fate::By("node")));
                 expect(&world.lab.allowed, &packets)
             },
         ),
