@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 
 use crate::binary;
+use crate::controlplane::ControlPlane;
 use crate::lab::{Lab, Process};
 
 /// How long the daemon may take until it has programmed its node: far more than it needs.
@@ -32,8 +33,31 @@ pub fn follow_manifests(lab: &Lab, directory: &Path) -> Result<Process> {
 
 /// Starts `portcullis run` with these arguments and waits until the node is programmed.
 pub fn follow(lab: &Lab, arguments: &[&str]) -> Result<Process> {
-    let arguments = [&["run", "--node-name", NODE_NAME], arguments].concat();
-    let mut daemon = lab.spawn(&command(&arguments)?, "portcullis")?;
+    let mut daemon = start(lab, NODE_NAME, arguments)?;
     daemon.wait_for_output(PROGRAMMED, START_LIMIT)?;
     Ok(daemon)
+}
+
+/// Starts `portcullis run` for `node` on the API server of `plane`, to which the laboratory's node
+/// must be attached, and waits until the node is programmed.
+pub fn follow_cluster(lab: &Lab, plane: &ControlPlane, node: &str) -> Result<Process> {
+    let mut daemon = start_on_cluster(lab, plane, node)?;
+    daemon.wait_for_output(PROGRAMMED, START_LIMIT)?;
+    Ok(daemon)
+}
+
+/// As [`follow_cluster`], without waiting: for an API server that does not answer.
+pub fn start_on_cluster(lab: &Lab, plane: &ControlPlane, node: &str) -> Result<Process> {
+    let kubeconfig = plane.kubeconfig();
+    start(lab, node, &["--kubeconfig", kubeconfig.to_str().context("a path in UTF-8")?])
+}
+
+/// Waits until the daemon has programmed the node for the first time.
+pub fn wait_until_programmed(daemon: &mut Process) -> Result<()> {
+    daemon.wait_for_output(PROGRAMMED, START_LIMIT)
+}
+
+fn start(lab: &Lab, node: &str, arguments: &[&str]) -> Result<Process> {
+    let arguments = [&["run", "--node-name", node], arguments].concat();
+    lab.spawn(&command(&arguments)?, "portcullis")
 }

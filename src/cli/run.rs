@@ -65,7 +65,10 @@ async fn follow(
         }
     }
     // Every handle is gone, so the thread ends when it has done what was queued.
-    tokio::task::spawn_blocking(move || thread.join()).await?.ok().context("the committer failed")?;
+    tokio::task::spawn_blocking(move || thread.join())
+        .await?
+        .ok()
+        .context("the committer failed")?;
     tracing::info!("ended; the rules stay in force");
     Ok(Verdict::Fine)
 }
@@ -86,9 +89,8 @@ async fn once(
         Source::Cluster(client) => cluster::load(client, options).await?,
     };
     reporter.node(&index.context().node);
-    let adoption = worker
-        .adopt(index.context(), index.plans().collect())
-        .map_err(explain_commit)?;
+    let adoption =
+        worker.adopt(index.context(), index.plans().collect()).map_err(explain_commit)?;
     worker.finish_revocations();
     print(&summary(&index, adoption))?;
     let errors = reporter.diagnostics().iter().any(|d| d.severity == Severity::Error);

@@ -9,8 +9,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use portcullis::model::Family;
 use portcullis::netlink::{
-    Batch, CmpOp, Element, ElementData, Expression, LimitUnit, Listener, LoggedPacket, MetaKey, NatKind,
-    Register, Set, SetData, Verdict,
+    Batch, CmpOp, Element, ElementData, Expression, LimitUnit, Listener, LoggedPacket, MetaKey,
+    NatKind, Register, Set, SetData, Verdict,
 };
 use portcullis_integration::traffic::{Protocol, distribution, probe_many};
 
@@ -286,7 +286,8 @@ fn refusals() -> Vec<Case> {
                 tcp dport 8080 counter packets 0 bytes 0 reject with tcp reset }",
             |world| {
                 let [v4, v6] = node(world);
-                let mut packets = vec![(tcp(v4, PORT), Fate::Refusal), (tcp(v6, PORT), Fate::Refusal)];
+                let mut packets =
+                    vec![(tcp(v4, PORT), Fate::Refusal), (tcp(v6, PORT), Fate::Refusal)];
                 packets.push((udp(v4, PORT), Fate::By("node")));
                 expect(&world.lab.allowed, &packets)
             },
