@@ -74,8 +74,9 @@ impl Socket {
         self.raise_send_buffer(batch.bytes.len());
         self.inner.send(&batch.bytes, 0).map_err(Error::Send)?;
 
-        // The kernel works within send(): every answer is queued by now.
-        let mut acknowledged = false;
+        // The kernel works within send(): every answer is queued by now, and none may stay for the
+        // next transaction to read.
+        let (mut acknowledged, mut overrun) = (false, None);
         let mut refusals = Vec::new();
         let mut buffer = Vec::with_capacity(READ);
         loop {
@@ -84,8 +85,8 @@ impl Socket {
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                // Refusals were lost because there were too many; those that came will do.
-                Err(error) if is_overrun(&error) && !refusals.is_empty() => {}
+                // There were more answers than found a place. This is said once, before the others.
+                Err(error) if is_overrun(&error) && overrun.is_none() => overrun = Some(error),
                 Err(error) => return Err(Error::Receive(error)),
             }
             for answer in messages(&buffer).filter(|answer| answer.kind == NLMSG_ERROR) {
@@ -95,13 +96,14 @@ impl Socket {
                 }
             }
         }
-        if !refusals.is_empty() {
-            return Err(Error::Refused(refusals));
+        match overrun {
+            _ if !refusals.is_empty() => Err(Error::Refused(refusals)),
+            None if acknowledged => Ok(()),
+            // Of a transaction that succeeds there is one answer, so this one did not; but nobody
+            // knows why.
+            Some(error) => Err(Error::Receive(error)),
+            None => Err(Error::Receive(io::ErrorKind::UnexpectedEof.into())),
         }
-        if !acknowledged {
-            return Err(Error::Receive(io::ErrorKind::UnexpectedEof.into()));
-        }
-        Ok(())
     }
 
     /// Sends one request that lists something and hands every answer's payload to `each`.
