@@ -1,6 +1,6 @@
 //! Listing a table: all that the kernel holds of it, as far as a writer can compare it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::io;
 
 use super::attribute::{find, iter, nest, put, put_str, string, u32_of, u64_of};
@@ -19,6 +19,8 @@ const NFT_MSG_GETCHAIN: u16 = 4;
 const NFT_MSG_GETRULE: u16 = 7;
 const NFT_MSG_GETSET: u16 = 10;
 const NFT_MSG_GETSETELEM: u16 = 13;
+const NFT_MSG_NEWGEN: u16 = 15;
+const NFT_MSG_GETGEN: u16 = 16;
 /// `NLM_F_ROOT | NLM_F_MATCH`.
 const NLM_F_DUMP: u16 = 0x300;
 /// `struct nfgenmsg`.
@@ -139,6 +141,7 @@ impl Socket {
         table: &str,
         expected: &mut impl FnMut(&str) -> Option<Vec<Vec<u8>>>,
     ) -> Result<Option<TableDump>, (&'static str, ListError)> {
+        let before = self.generation().map_err(|e| ("the generation of nf_tables", e))?;
         let mut dump = None;
         // Not a dump, so nothing but an acknowledgement tells where the answer ends.
         let request = request(NFT_MSG_GETTABLE, NLM_F_ACK, |out| put_str(out, 1, table));
@@ -169,7 +172,23 @@ impl Socket {
                 .and_then(|whole| if whole { Ok(()) } else { self.dump_elements(table, name, set) })
                 .map_err(|e| ("nf_tables set elements", e))?;
         }
+        // Each listing is of one moment, or the kernel says that it is not; that all of them are of
+        // the same moment it does not say.
+        let after = self.generation().map_err(|e| ("the generation of nf_tables", e))?;
+        if before != after {
+            return Err(("nf_tables tables", ListError::Interrupted));
+        }
         Ok(Some(dump))
+    }
+
+    /// The number that every transaction in this network namespace raises.
+    fn generation(&mut self) -> Result<u32, ListError> {
+        let mut generation = 0;
+        let request = request(NFT_MSG_GETGEN, NLM_F_ACK, |_| {});
+        self.list_kind(request, NFT_MSG_NEWGEN, |attributes| {
+            generation = number(attributes, 1); // NFTA_GEN_ID
+        })?;
+        Ok(generation)
     }
 
     fn dump_chains(&mut self, table: &str, dump: &mut TableDump) -> Result<(), ListError> {
@@ -211,6 +230,11 @@ impl Socket {
         })
     }
 
+    /// Lists the elements of a set, again if the kernel moved them meanwhile: a hash table that has
+    /// just been filled grows in the background, and a listing, which goes on after each message
+    /// from the number of elements that it has seen, then gives some elements twice instead of
+    /// others. The kernel does not say so, but as their number is right, there is none missing
+    /// where there is none twice. Intervals are kept in a tree, which has no such trouble.
     fn dump_elements(
         &mut self,
         table: &str,
@@ -218,7 +242,27 @@ impl Socket {
         set: &mut SetDump,
     ) -> Result<(), ListError> {
         let interval = set.flags & 0x4 != 0; // NFT_SET_INTERVAL
-        let mut ends = Vec::new();
+        for _ in 0..ATTEMPTS {
+            let (mut elements, ends) = self.try_dump_elements(table, name, interval)?;
+            if interval {
+                join_intervals(&mut elements, ends);
+            } else if has_duplicates(&elements) {
+                continue;
+            }
+            set.elements = elements;
+            return Ok(());
+        }
+        Err(ListError::Interrupted)
+    }
+
+    /// Lists the elements of a set, and the keys at which intervals end.
+    fn try_dump_elements(
+        &mut self,
+        table: &str,
+        name: &str,
+        interval: bool,
+    ) -> Result<(Vec<ElementDump>, Vec<Vec<u8>>), ListError> {
+        let (mut elements, mut ends) = (Vec::new(), Vec::new());
         let request = request(NFT_MSG_GETSETELEM, NLM_F_DUMP, |out| {
             put_str(out, 1, table); // NFTA_SET_ELEM_LIST_TABLE
             put_str(out, 2, name); // NFTA_SET_ELEM_LIST_SET
@@ -231,14 +275,11 @@ impl Socket {
                 if interval && number(attributes, 3) & 1 != 0 {
                     ends.push(element.key);
                 } else {
-                    set.elements.push(element);
+                    elements.push(element);
                 }
             }
         })?;
-        if interval {
-            join_intervals(&mut set.elements, ends);
-        }
-        Ok(())
+        Ok((elements, ends))
     }
 
     /// Reads the elements with these keys. Gives whether they are all of the set; if not, the
@@ -309,6 +350,11 @@ fn join_intervals(elements: &mut [ElementDump], mut ends: Vec<Vec<u8>>) {
         while ends.next_if(|end| *end <= element.key).is_some() {}
         element.end = ends.next();
     }
+}
+
+fn has_duplicates(elements: &[ElementDump]) -> bool {
+    let mut seen = HashSet::with_capacity(elements.len());
+    !elements.iter().all(|element| seen.insert(&*element.key))
 }
 
 fn element(attributes: &[u8]) -> ElementDump {
