@@ -75,8 +75,8 @@ impl Port {
 }
 
 impl Manifest {
-    /// A dual-stack Service `name` with the ClusterIPs 10.96.0.`host` and fd00:10:96::`host`
-    /// (in decimal and hexadecimal), all pods of the laboratory as endpoints, and no ports yet.
+    /// A dual-stack Service `name` whose ClusterIPs end with `host` (`10.96.0.10` and
+    /// `fd00:10:96::a` for 10), all pods of the laboratory as endpoints, and no ports yet.
     pub fn new(name: &str, host: u8, lab: &Lab) -> Manifest {
         Manifest {
             name: name.into(),

@@ -31,12 +31,13 @@ pub fn explain_commit(error: CommitError) -> anyhow::Error {
         },
         CommitError::Ended => false,
     };
-    match denied {
-        true => anyhow!(
+    if denied {
+        anyhow!(
             "the kernel does not let this process change table inet {TABLE}: run as root \
              (CAP_NET_ADMIN), and only one portcullis on a node"
-        ),
-        false => anyhow::Error::from(error).context("cannot program the kernel"),
+        )
+    } else {
+        anyhow::Error::from(error).context("cannot program the kernel")
     }
 }
 

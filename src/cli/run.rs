@@ -51,7 +51,7 @@ async fn follow(
             manifests::run(&directory, &options, committer, reporter, shutdown).await.map_err(
                 |error| match error {
                     manifests::Error::Commit(error) => explain_commit(error),
-                    other => other.into(),
+                    error @ manifests::Error::Read { .. } => error.into(),
                 },
             )?;
         }
@@ -59,7 +59,7 @@ async fn follow(
             cluster::run(client, &options, committer, reporter, shutdown).await.map_err(
                 |error| match error {
                     cluster::Error::Commit(error) => explain_commit(error),
-                    other => other.into(),
+                    error @ cluster::Error::List { .. } => error.into(),
                 },
             )?;
         }

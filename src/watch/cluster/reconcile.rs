@@ -19,7 +19,6 @@ use crate::watch::{Index, Options, lower};
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 
 /// The longest pause before a Service that the kernel refused is tried again.
-#[allow(clippy::duration_suboptimal_units)] // `from_mins` is newer than our `rust-version`
 const LONGEST_PAUSE: Duration = Duration::from_secs(5 * 60);
 
 /// What all reconciles share.
