@@ -132,7 +132,8 @@ impl ControlPlane {
             format!("addr add {address}/32 dev api0"),
             "link set api0 up".to_owned(),
             format!("route add {ADDRESS}/32 dev api0 src {address}"),
-        ])
+        ])?;
+        host.wait_until_reachable(ADDRESS.into())
     }
 
     /// A kubeconfig that works on every attached machine, as the cluster's administrator.

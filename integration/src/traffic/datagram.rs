@@ -8,7 +8,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd};
 
 use nix::errno::Errno;
-use nix::libc::{in_addr, in_pktinfo, in6_addr, in6_pktinfo, sock_extended_err, sockaddr_in6};
+use nix::libc::{in_addr, in_pktinfo, in6_addr, in6_pktinfo};
 use nix::sys::socket::{
     AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockaddrLike, SockaddrStorage,
     recvmsg, sendmsg, setsockopt, sockopt,
@@ -32,15 +32,6 @@ pub(super) fn tell_destination<F: AsFd>(socket: &F, address: SocketAddr) -> Resu
     }
 }
 
-/// Makes every ICMP error an error of the socket, not only those that RFC 1122 calls hard (port
-/// and protocol unreachable).
-pub(super) fn tell_errors<F: AsFd>(socket: &F, peer: SocketAddr) -> Result<(), Errno> {
-    match peer {
-        SocketAddr::V4(_) => setsockopt(socket, sockopt::Ipv4RecvErr, &true),
-        SocketAddr::V6(_) => setsockopt(socket, sockopt::Ipv6RecvErr, &true),
-    }
-}
-
 /// Takes one datagram from a non-blocking socket.
 pub(super) fn receive<F: AsFd>(socket: &F, buffer: &mut [u8]) -> Result<Received, Errno> {
     let mut parts = [IoSliceMut::new(buffer)];
@@ -61,27 +52,6 @@ pub(super) fn receive<F: AsFd>(socket: &F, buffer: &mut [u8]) -> Result<Received
     let from = message.address.as_ref().and_then(socket_address);
     let (Some(to), Some(from)) = (to, from) else { return Err(Errno::EPROTO) };
     Ok(Received { length: message.bytes, from, to })
-}
-
-/// Takes the next ICMP error that [`tell_errors`] keeps: what it quotes of the packet that caused
-/// it, from the transport header on, goes to `quoted`, and its length is given.
-pub(super) fn next_error<F: AsFd>(socket: &F, quoted: &mut [u8]) -> Option<(usize, Errno)> {
-    let mut parts = [IoSliceMut::new(quoted)];
-    let mut control = nix::cmsg_space!(sock_extended_err, sockaddr_in6);
-    let message = recvmsg::<SockaddrStorage>(
-        socket.as_fd().as_raw_fd(),
-        &mut parts,
-        Some(&mut control),
-        MsgFlags::MSG_ERRQUEUE | MsgFlags::MSG_DONTWAIT,
-    )
-    .ok()?;
-    let error = message.cmsgs().ok()?.find_map(|message| match message {
-        ControlMessageOwned::Ipv4RecvErr(error, _) | ControlMessageOwned::Ipv6RecvErr(error, _) => {
-            i32::try_from(error.ee_errno).ok().map(Errno::from_raw)
-        }
-        _ => None,
-    })?;
-    Some((message.bytes, error))
 }
 
 /// Answers a received datagram, from the address that it was sent to.

@@ -33,7 +33,7 @@ pub fn http_get(from: &Namespace, to: impl Into<SocketAddr>, path: &str) -> Resu
 fn get(to: SocketAddr, path: &str) -> Result<Response> {
     let mut stream = TcpStream::connect_timeout(&to, TIMEOUT)?;
     stream.set_read_timeout(Some(TIMEOUT))?;
-    write!(stream, "GET {path} HTTP/1.0\r\nHost: {to}\r\n\r\n")?;
+    stream.write_all(format!("GET {path} HTTP/1.0\r\nHost: {to}\r\n\r\n").as_bytes())?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
     parse(&answer).with_context(|| format!("not HTTP: {answer:?}"))

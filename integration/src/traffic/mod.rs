@@ -20,6 +20,7 @@ mod datagram;
 pub mod distribution;
 mod flow;
 mod http;
+mod icmp;
 mod probe;
 mod sctp;
 mod server;

@@ -12,26 +12,22 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use socket2::{Domain, Socket, Type};
 
+use super::icmp::Watcher;
 use super::sctp::{Handshake, Reply};
-use super::{Answer, Outcome, Protocol, datagram};
+use super::{Answer, Outcome, Protocol};
 use crate::lab::Namespace;
 
-/// How long UDP and SCTP wait for an answer: short, so that what is dropped costs little, but
-/// long enough for a busy machine.
+/// How long to wait for an answer: short, so that what is dropped costs little, and that TCP sends
+/// one SYN (it repeats it after a second); long enough for a busy machine.
 const TIMEOUT: Duration = Duration::from_millis(900);
-/// How long TCP waits. An ICMP error that comes back while `connect` still holds the socket is
-/// lost (`LockDroppedIcmps` of `nstat`), which between namespaces of one machine is the rule. The
-/// next SYN, a second later, is sent by a timer and gets its error.
-const TCP_TIMEOUT: Duration = Duration::from_millis(1500);
-/// How many probes are under way at a time. The SYNs that TCP repeats come in one burst, and
-/// the buffer of the socket that the kernel sends ICMP errors by holds some 150 of them.
+/// How many probes are under way at a time. The buffer of the socket by which the kernel sends
+/// ICMP errors holds some 150 of them, should all be refused in one burst.
 const WINDOW: usize = 100;
 /// Where source ports come from: outside the default range of node ports.
 const PORTS: std::ops::RangeInclusive<u16> = 33_000..=65_000;
 
-/// Asks once from `from` and gives what came back. What was dropped is known after 0.9 seconds,
-/// for TCP after 1.5; what TCP was refused by ICMP after a second. To ask several such
-/// questions use [`probe_all`].
+/// Asks once from `from` and gives what came back. What was dropped takes 0.9 seconds: to ask
+/// several such questions use [`probe_all`].
 pub fn probe(from: &Namespace, to: impl Into<SocketAddr>, protocol: Protocol) -> Result<Outcome> {
     Probe::new(to, protocol).run(from)
 }
@@ -80,12 +76,12 @@ pub struct Tally {
 impl Probe {
     /// A question to `to`.
     pub fn new(to: impl Into<SocketAddr>, protocol: Protocol) -> Self {
-        let timeout = if protocol == Protocol::Tcp { TCP_TIMEOUT } else { TIMEOUT };
-        Self { to: to.into(), protocol, timeout, source: None, source_port: None }
+        let to = to.into();
+        Self { to, protocol, timeout: TIMEOUT, source: None, source_port: None }
     }
 
-    /// How long to wait for an answer, instead of 0.9 seconds, for TCP 1.5. With less than a
-    /// second TCP sends one SYN, but takes a refusal by ICMP for a timeout.
+    /// How long to wait for an answer, instead of 0.9 seconds. From a second on TCP repeats its
+    /// SYN.
     #[must_use]
     pub fn timeout(self, timeout: Duration) -> Self {
         Self { timeout, ..self }
@@ -149,11 +145,14 @@ struct Attempt {
     /// Its place among the questions.
     index: usize,
     socket: Socket,
+    source_port: u16,
     to: SocketAddr,
     exchange: Exchange,
     deadline: Instant,
     /// Whether the socket has something for us.
     ready: bool,
+    /// What an ICMP error for this question means.
+    error: Option<Errno>,
 }
 
 enum Exchange {
@@ -178,20 +177,34 @@ impl Attempt {
         if let Err(error) = sent {
             return Ok(Err(Outcome::from_error(error).context("send")?));
         }
+        let source_port = match &exchange {
+            Exchange::Sctp(handshake) => handshake.source_port(),
+            _ => socket.local_addr()?.as_socket().context("no internet address")?.port(),
+        };
         let deadline = Instant::now() + probe.timeout;
-        Ok(Ok(Self { index, socket, to: probe.to, exchange, deadline, ready: false }))
+        let (to, ready, error) = (probe.to, false, None);
+        Ok(Ok(Self { index, socket, source_port, to, exchange, deadline, ready, error }))
     }
 
     /// Takes what the socket has. `None` while there is no outcome.
     fn advance(&mut self) -> Result<Option<Outcome>> {
         let line = if self.ready { self.receive() } else { Ok(None) };
-        match line {
-            Ok(Some(line)) if line.is_empty() => Ok(Some(Outcome::Refused)),
-            Ok(Some(line)) => Ok(Some(Answer::parse(line.trim_end())?.into())),
-            Err(error) if error.kind() != io::ErrorKind::WouldBlock => {
+        match (line, self.error) {
+            (Ok(Some(line)), _) if line.is_empty() => Ok(Some(Outcome::Refused)),
+            (Ok(Some(line)), _) => Ok(Some(Answer::parse(line.trim_end())?.into())),
+            (Err(error), _) if error.kind() != io::ErrorKind::WouldBlock => {
                 Ok(Some(Outcome::from_error(error).context("receive")?))
             }
+            (_, Some(errno)) => Ok(Some(Outcome::from_error(errno.into()).context("ICMP")?)),
             _ => Ok((Instant::now() >= self.deadline).then_some(Outcome::TimedOut)),
+        }
+    }
+
+    fn protocol(&self) -> Protocol {
+        match self.exchange {
+            Exchange::Tcp(_) => Protocol::Tcp,
+            Exchange::Udp => Protocol::Udp,
+            Exchange::Sctp(_) => Protocol::Sctp,
         }
     }
 
@@ -210,7 +223,7 @@ impl Attempt {
                 Ok(Some(String::from_utf8_lossy(&buffer[..length]).into_owned()))
             }
             Exchange::Sctp(handshake) => {
-                Ok(handshake.receive(&self.socket)?.map(|reply| match reply {
+                Ok(handshake.receive(&self.socket).map(|reply| match reply {
                     Reply::Answer(line) => line,
                     Reply::Abort => String::new(),
                 }))
@@ -224,6 +237,7 @@ fn ask(questions: &[Probe]) -> Result<Vec<Outcome>> {
     let mut outcomes = vec![Outcome::TimedOut; questions.len()];
     let mut unasked = questions.iter().enumerate().peekable();
     let mut open: Vec<Attempt> = Vec::with_capacity(WINDOW);
+    let watcher = Watcher::open().context("watch ICMP")?;
     while unasked.peek().is_some() || !open.is_empty() {
         let free = WINDOW - open.len();
         for (index, probe) in unasked.by_ref().take(free) {
@@ -234,7 +248,7 @@ fn ask(questions: &[Probe]) -> Result<Vec<Outcome>> {
                 Err(outcome) => outcomes[index] = outcome,
             }
         }
-        wait(&mut open)?;
+        wait(&mut open, &watcher)?;
         let mut waiting = Vec::with_capacity(WINDOW);
         for mut attempt in open.drain(..) {
             match attempt.advance().with_context(|| format!("ask {}", attempt.to))? {
@@ -247,18 +261,18 @@ fn ask(questions: &[Probe]) -> Result<Vec<Outcome>> {
     Ok(outcomes)
 }
 
-/// Waits until a socket has something or the first deadline is over.
-fn wait(attempts: &mut [Attempt]) -> Result<()> {
+/// Waits until a socket or the watcher has something or the first deadline is over, and notes
+/// for each attempt what there is.
+fn wait(attempts: &mut [Attempt], watcher: &Watcher) -> Result<()> {
     let Some(deadline) = attempts.iter().map(|attempt| attempt.deadline).min() else {
         return Ok(());
     };
     let left = deadline.saturating_duration_since(Instant::now());
     // Rounded up, or the last millisecond would be spent spinning.
     let timeout = PollTimeout::try_from(left + Duration::from_millis(1))?;
-    let mut polled: Vec<PollFd<'_>> = attempts
-        .iter()
-        .map(|attempt| PollFd::new(attempt.socket.as_fd(), PollFlags::POLLIN))
-        .collect();
+    let sockets = attempts.iter().map(|attempt| attempt.socket.as_fd());
+    let mut polled: Vec<PollFd<'_>> =
+        sockets.chain(watcher.fds()).map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
     match poll(&mut polled, timeout) {
         Ok(_) | Err(Errno::EINTR) => {}
         Err(error) => bail!("poll: {error}"),
@@ -266,6 +280,15 @@ fn wait(attempts: &mut [Attempt]) -> Result<()> {
     let ready: Vec<bool> = polled.iter().map(|fd| fd.any().unwrap_or(true)).collect();
     for (attempt, ready) in attempts.iter_mut().zip(ready) {
         attempt.ready = ready;
+    }
+    for error in watcher.errors() {
+        let about = |attempt: &&mut Attempt| {
+            (attempt.protocol(), attempt.source_port, attempt.to)
+                == (error.protocol, error.source_port, error.to)
+        };
+        if let Some(attempt) = attempts.iter_mut().find(about) {
+            attempt.error = Some(error.errno);
+        }
     }
     Ok(())
 }
@@ -310,8 +333,6 @@ pub(super) fn connect(
         if protocol == Protocol::Tcp {
             socket.set_reuse_address(true)?;
             socket.set_linger(Some(Duration::ZERO))?;
-        } else {
-            datagram::tell_errors(&socket, to)?;
         }
         let port = source_port.unwrap_or_else(fresh_port);
         socket.set_nonblocking(nonblocking)?;

@@ -5,7 +5,10 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
 
 use nix::errno::Errno;
-use socket2::{Domain, Socket, Type};
+use nix::libc::{
+    BPF_ABS, BPF_B, BPF_H, BPF_IND, BPF_JEQ, BPF_JMP, BPF_K, BPF_LD, BPF_LDX, BPF_MSH, BPF_RET,
+};
+use socket2::{Domain, SockFilter, Socket, Type};
 
 use super::{Answer, datagram};
 
@@ -43,59 +46,41 @@ impl Handshake {
         to: SocketAddr,
     ) -> io::Result<(Socket, Self)> {
         let socket = raw(Domain::for_address(to))?;
-        datagram::tell_errors(&socket, to)?;
         if let Some(source) = source {
             socket.bind(&SocketAddr::new(source, 0).into())?;
         }
         socket.connect(&SocketAddr::new(to.ip(), 0).into())?;
+        socket.attach_filter(&only_to_port(to.ip(), source_port))?;
         socket.set_nonblocking(true)?;
         // Never 0 (section 3.3.2), and no other handshake on this socket's machine has it.
         let tag = 0x5043_0000 | u32::from(source_port);
         Ok((socket, Self { to, source_port, tag }))
     }
 
+    /// The port that it is done from.
+    pub(super) fn source_port(&self) -> u16 {
+        self.source_port
+    }
+
     /// Sends the INIT.
     pub(super) fn send(&self, socket: &Socket) -> io::Result<()> {
         let init = self.init();
-        // The error may be about what another handshake with the same host sent before.
+        // An error may be an ICMP error for what another handshake sent to the same host, which
+        // is over once it was told; not so if a rule on the own output hook drops it.
         for _ in 0..10 {
             match socket.send(&init) {
-                Err(error) if !is_dropped(&error) => {}
+                Err(error) if error.raw_os_error() != Some(Errno::EPERM as i32) => {}
                 result => return result.map(drop),
-            }
-            if let Some(error) = self.own_error(socket) {
-                return Err(error);
             }
         }
         socket.send(&init).map(drop)
     }
 
-    /// Takes what the socket has for this handshake; `None` if that is nothing. An ICMP error
-    /// for the INIT is an error.
-    ///
-    /// A raw socket gets what comes from its peer's address, and every ICMP error about it,
-    /// whatever the ports: what is for other handshakes is skipped.
-    pub(super) fn receive(&self, mut socket: &Socket) -> io::Result<Option<Reply>> {
-        if let Some(error) = self.own_error(socket) {
-            return Err(error);
-        }
+    /// Takes what the socket has; `None` if that is nothing for this handshake.
+    pub(super) fn receive(&self, mut socket: &Socket) -> Option<Reply> {
         let mut buffer = [0; 2048];
-        // An error here was about another handshake, or its details are in the queue next time.
-        let Ok(length) = socket.read(&mut buffer) else { return Ok(None) };
-        Ok(self.reply(&buffer[..length]))
-    }
-
-    /// The next ICMP error for what this handshake sent.
-    fn own_error(&self, socket: &Socket) -> Option<io::Error> {
-        let mut quoted = [0; 256];
-        while let Some((length, error)) = datagram::next_error(socket, &mut quoted) {
-            // At least 8 bytes are quoted (RFC 792), of which these are the ports.
-            let ports = quoted[..length].split_at_checked(4).map(|(ports, _)| ports);
-            if ports == self.init().get(..4) {
-                return Some(error.into());
-            }
-        }
-        None
+        let length = socket.read(&mut buffer).ok()?;
+        self.reply(&buffer[..length])
     }
 
     fn init(&self) -> Vec<u8> {
@@ -169,11 +154,6 @@ impl Responder {
             }
         }
     }
-}
-
-/// Whether a rule on the own output hook dropped what was sent.
-fn is_dropped(error: &io::Error) -> bool {
-    error.raw_os_error() == Some(Errno::EPERM as i32)
 }
 
 /// The packet that answers `init`.
@@ -261,6 +241,29 @@ impl<'a> Packet<'a> {
         let length = usize::from(be16(self.parameters.get(2..4)?));
         if kind == STATE_COOKIE { self.parameters.get(4..length) } else { None }
     }
+}
+
+/// A socket filter (`linux/filter.h`) that passes what goes to one port. Without it every handshake
+/// of a hundred with the same peer would get the packets of all.
+fn only_to_port(family: IpAddr, port: u16) -> Vec<SockFilter> {
+    let instruction = |code: u32, jt, jf, k| {
+        let code = u16::try_from(code).expect("BPF codes have 16 bits");
+        SockFilter::new(code, jt, jf, k)
+    };
+    let mut filter = match family {
+        // X = 4 * (packet[0] & 0xf), the length of the IP header; A = u16 at X + 2.
+        IpAddr::V4(_) => vec![
+            instruction(BPF_LDX | BPF_B | BPF_MSH, 0, 0, 0),
+            instruction(BPF_LD | BPF_H | BPF_IND, 0, 0, 2),
+        ],
+        IpAddr::V6(_) => vec![instruction(BPF_LD | BPF_H | BPF_ABS, 0, 0, 2)],
+    };
+    filter.extend([
+        instruction(BPF_JMP | BPF_JEQ | BPF_K, 0, 1, port.into()),
+        instruction(BPF_RET | BPF_K, 0, 0, u32::MAX),
+        instruction(BPF_RET | BPF_K, 0, 0, 0),
+    ]);
+    filter
 }
 
 fn raw(domain: Domain) -> io::Result<Socket> {
