@@ -290,6 +290,10 @@ mod tests {
                  allowed",
             ),
             (
+                &format!("apiVersion: v1\nkind: Service\nmetadata: {{name: {}}}\n", "a".repeat(64)),
+                "error: 3: metadata.name: longer than 63 characters",
+            ),
+            (
                 "apiVersion: v1\nkind: Service\nmetadata: {name: 7}\n",
                 "error: 3: metadata.name: not a name: lower-case letters, digits, '-' and '.' are \
                  allowed",

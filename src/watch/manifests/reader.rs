@@ -143,6 +143,13 @@ impl Reader {
         let field = |field: &str| match value.pointer(&format!("/metadata/{field}")) {
             None | Some(Value::Null) => Ok(None),
             Some(Value::String(text)) if text.is_empty() => Ok(None),
+            // RFC 1123 labels. The names of both stand in those of chains, which have 255 bytes.
+            Some(Value::String(text))
+                if text.len() > LONGEST_LABEL
+                    && (field == "namespace" || kind == ObjectKind::Service) =>
+            {
+                Err("longer than 63 characters")
+            }
             Some(Value::String(text)) if is_object_name(text) => Ok(Some(Arc::from(&**text))),
             Some(_) => Err("not a name: lower-case letters, digits, '-' and '.' are allowed"),
         };
@@ -183,6 +190,9 @@ impl Reader {
         self.findings.push(Finding { severity, object, path, message });
     }
 }
+
+/// The most characters that the name of a Service or a namespace has.
+const LONGEST_LABEL: usize = 63;
 
 /// Whether an object is of a kind that the proxy reads.
 #[derive(Debug, PartialEq, Eq)]
