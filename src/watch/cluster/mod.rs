@@ -81,7 +81,7 @@ pub async fn run(
         let (outages, one) = (Arc::clone(&outages), ListParams::default().limit(1));
         async move { outages.probe(async || services.list(&one).await.is_ok()).await }
     };
-    let (store, events) = watch(client, options);
+    let (store, events) = watch(client, options, &outages);
     let served = serve(store, events, outages, options, committer, reporter, shutdown);
     tokio::select! {
         served = served => served,
@@ -90,22 +90,24 @@ pub async fn run(
 }
 
 /// Everything that the API server tells, and the Services that it has told of.
-fn watch(client: Client, options: &Options) -> (Store<core::Service>, BoxStream<'static, Event>) {
+fn watch(
+    client: Client,
+    options: &Options,
+    outages: &Arc<Outages>,
+) -> (Store<core::Service>, BoxStream<'static, Event>) {
     let (store, writer) = reflector::store();
-    let services =
-        watcher(Api::all(client.clone()), watcher::Config::default().labels(&services()))
-            .default_backoff()
-            .modify(prune)
-            .reflect(writer)
-            .map(Event::Service);
-    let slices = watcher(Api::all(client.clone()), watcher::Config::default().labels(&slices()))
-        .default_backoff()
-        .map(Event::Slice);
+    let selected = watcher::Config::default;
+    let services = watcher(Api::all(client.clone()), selected().labels(&services()));
+    let services = outages.pausing(services).modify(prune).reflect(writer);
+    let slices = watcher(Api::all(client.clone()), selected().labels(&slices()));
     let own = format!("metadata.name={}", options.node_name);
-    let node = watcher(Api::all(client), watcher::Config::default().fields(&own))
-        .default_backoff()
-        .map(Event::Node);
-    (store, stream::select_all([services.boxed(), slices.boxed(), node.boxed()]).boxed())
+    let node = watcher(Api::all(client), selected().fields(&own));
+    let events = [
+        services.map(Event::Service).boxed(),
+        outages.pausing(slices).map(Event::Slice).boxed(),
+        outages.pausing(node).map(Event::Node).boxed(),
+    ];
+    (store, stream::select_all(events).boxed())
 }
 
 /// The label selector of Services: those of another proxy are not ours.

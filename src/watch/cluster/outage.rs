@@ -1,19 +1,34 @@
-//! Whether the API server answers: said once when it does not, and once when it does again.
+//! Whether the API server answers: said once when it does not, and once when it does again, to the
+//! log and to the watchers that wait for it.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use backon::{BackoffBuilder, ExponentialBuilder};
+use futures::stream::{self, BoxStream, Stream, StreamExt};
+use kube::runtime::utils::Backoff;
 use kube::runtime::watcher;
 use tokio::sync::Notify;
 
-/// How often an API server that does not answer is asked whether it does. A watcher that resumes
-/// says nothing until something changes.
-const PROBE: Duration = Duration::from_secs(5);
+/// The pause before an API server that does not answer is asked for the first time whether it does.
+const FIRST_PROBE: Duration = Duration::from_secs(1);
+
+/// The longest pause between two such questions, to which up to as much comes at random: every node
+/// asks.
+const LONGEST_PROBE: Duration = Duration::from_secs(10);
 
 /// How long such a question may take.
 const PROBE_PATIENCE: Duration = Duration::from_secs(10);
+
+/// A watcher, its pauses to come, its present pause, and what ends it.
+type Pausing<T> = (
+    BoxStream<'static, watcher::Result<T>>,
+    watcher::DefaultBackoff,
+    Option<Duration>,
+    Arc<Outages>,
+);
 
 /// What is watched, as the log calls it.
 pub(super) type Resource = &'static str;
@@ -23,6 +38,7 @@ pub(super) type Resource = &'static str;
 pub(super) struct Outages {
     state: Mutex<State>,
     begun: Notify,
+    over: Notify,
 }
 
 #[derive(Debug, Default)]
@@ -60,6 +76,7 @@ impl Outages {
             Ok(_) => {
                 let news = state.works(resource);
                 log(news, resource, None);
+                self.wake(news);
             }
             Err(error) => {
                 let failure = Failure::of(error);
@@ -73,17 +90,61 @@ impl Outages {
         }
     }
 
-    /// Asks by `answers` whether the API server is back, for as long as it is not; for ever.
+    /// Asks by `answers` whether the API server is back, for as long as it is not; for ever. A
+    /// watcher alone would not do: it waits up to a minute before it tries again, and then says
+    /// nothing until something changes.
     pub(super) async fn probe(&self, answers: impl AsyncFn() -> bool) -> Infallible {
         loop {
             while self.state().silent.is_none() {
                 self.begun.notified().await;
             }
-            tokio::time::sleep(PROBE).await;
-            if let Ok(true) = tokio::time::timeout(PROBE_PATIENCE, answers()).await {
-                let news = self.state().answers();
-                log(news, "the API server", None);
+            let pauses = ExponentialBuilder::default()
+                .with_min_delay(FIRST_PROBE)
+                .with_max_delay(LONGEST_PROBE)
+                .with_jitter()
+                .without_max_times();
+            for pause in pauses.build() {
+                tokio::time::sleep(pause).await;
+                if self.state().silent.is_none() {
+                    break;
+                }
+                if let Ok(true) = tokio::time::timeout(PROBE_PATIENCE, answers()).await {
+                    let news = self.state().answers();
+                    log(news, "the API server", None);
+                    self.wake(news);
+                    break;
+                }
             }
+        }
+    }
+
+    /// Has a watcher pause after failures, and no longer than until the API server answers.
+    pub(super) fn pausing<T: Send + 'static>(
+        self: &Arc<Self>,
+        watcher: impl Stream<Item = watcher::Result<T>> + Send + 'static,
+    ) -> BoxStream<'static, watcher::Result<T>> {
+        let start = (watcher.boxed(), watcher::DefaultBackoff::default(), None, Arc::clone(self));
+        let next = async |(mut watcher, mut pauses, pause, outages): Pausing<T>| {
+            if let Some(pause) = pause {
+                let _ = tokio::time::timeout(pause, outages.over.notified()).await;
+            }
+            let told = watcher.next().await?;
+            let pause = match &told {
+                // It forgets former failures after some time without any.
+                Ok(_) => {
+                    pauses.reset();
+                    None
+                }
+                Err(_) => pauses.next(),
+            };
+            Some((told, (watcher, pauses, pause, outages)))
+        };
+        stream::unfold(start, next).boxed()
+    }
+
+    fn wake(&self, news: News) {
+        if news == News::Better {
+            self.over.notify_waiters();
         }
     }
 
@@ -244,9 +305,34 @@ mod tests {
         let refused = kube::Error::ReadEvents(std::io::ErrorKind::ConnectionRefused.into());
         outages.take::<()>("Services", &Err(watcher::Error::WatchStartFailed(refused)));
         assert!(outages.state().silent.is_some());
-        let probing = tokio::time::timeout(PROBE * 100, outages.probe(answers));
+        let probing = tokio::time::timeout(LONGEST_PROBE * 100, outages.probe(answers));
         assert!(probing.await.is_err(), "it probes for ever");
         assert!(outages.state().silent.is_none());
         assert_eq!(asked.load(Ordering::Relaxed), 3);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn watchers_wait_no_longer_than_the_outage() {
+        let outages = Arc::new(Outages::default());
+        let failure = || {
+            let refused = kube::Error::ReadEvents(std::io::ErrorKind::ConnectionRefused.into());
+            Err(watcher::Error::WatchStartFailed(refused))
+        };
+        let told = stream::iter((0..8).map(move |_| failure())).chain(stream::iter([Ok(())]));
+        let mut watcher = Box::pin(outages.pausing(told));
+        let start = tokio::time::Instant::now();
+        for _ in 0..8 {
+            outages.take("Services", &watcher.next().await.unwrap());
+        }
+        assert!(start.elapsed() > Duration::from_secs(30), "it pauses by itself");
+        let start = tokio::time::Instant::now();
+        let back = async {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            let news = outages.state().answers();
+            outages.wake(news);
+        };
+        let (told, ()) = tokio::join!(watcher.next(), back);
+        assert!(matches!(told, Some(Ok(()))));
+        assert_eq!(start.elapsed().as_secs(), 1);
     }
 }

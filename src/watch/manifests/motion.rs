@@ -48,6 +48,8 @@ struct Moving {
     until: Instant,
 }
 
+const RENAMED_AWAY: EventKind = EventKind::Modify(ModifyKind::Name(RenameMode::From));
+
 impl Motion {
     /// Nothing is told yet. `only` is the name of the only file that matters, if it is so.
     pub(super) fn new(only: Option<OsString>) -> Motion {
@@ -123,12 +125,11 @@ impl Told {
             EventKind::Modify(ModifyKind::Data(_)) if matters => self.moves(now, name, WRITING),
             // Reading a file tells so too.
             EventKind::Access(_) | EventKind::Modify(ModifyKind::Data(_)) => {}
-            EventKind::Remove(_) | EventKind::Modify(ModifyKind::Name(RenameMode::From))
-                if matters =>
-            {
-                self.moves(now, name, REMOVED);
-            }
+            EventKind::Remove(_) | RENAMED_AWAY if matters => self.moves(now, name, REMOVED),
             EventKind::Modify(ModifyKind::Metadata(_)) => self.due |= matters,
+            // An editor's temporary file.
+            EventKind::Create(_) | EventKind::Modify(ModifyKind::Name(_))
+                if !matters && (is_file(path) || kind == RENAMED_AWAY) => {}
             // Renamed to this, or a link; or something else that a link may lead through.
             _ => self.rest(name),
         }
@@ -157,6 +158,11 @@ impl Told {
     }
 }
 
+/// Whether this is a regular file, which no link can lead through.
+fn is_file(path: &Path) -> bool {
+    std::fs::symlink_metadata(path).is_ok_and(|found| found.is_file())
+}
+
 /// Whether a file that has just come will be told of again when it is closed. A symbolic link is
 /// complete, and so is another name for a file.
 fn is_being_written(path: &Path) -> bool {
@@ -179,7 +185,6 @@ mod tests {
     const CLOSE: EventKind = EventKind::Access(AccessKind::Close(AccessMode::Write));
     const OPEN: EventKind = EventKind::Access(AccessKind::Open(AccessMode::Any));
     const REMOVE: EventKind = EventKind::Remove(RemoveKind::File);
-    const FROM: EventKind = EventKind::Modify(ModifyKind::Name(RenameMode::From));
     const TO: EventKind = EventKind::Modify(ModifyKind::Name(RenameMode::To));
     const TOUCH: EventKind = EventKind::Modify(ModifyKind::Metadata(MetadataKind::Any));
 
@@ -205,12 +210,13 @@ mod tests {
             (&[(5, WRITE, "a.yaml"), (6, CLOSE, "a.yaml")], Some(6)),
             (&[(5, WRITE, "a.yaml"), (6, WRITE, "b.yaml"), (7, CLOSE, "a.yaml")], Some(7)),
             (&[(5, REMOVE, "a.yaml")], Some(255)),
-            (&[(5, FROM, "a.yaml")], Some(255)),
-            (&[(5, FROM, "a.yaml"), (9, TO, "a.yaml")], Some(9)),
+            (&[(5, RENAMED_AWAY, "a.yaml")], Some(255)),
+            (&[(5, RENAMED_AWAY, "a.yaml"), (9, TO, "a.yaml")], Some(9)),
             (&[(5, REMOVE, "a.yaml"), (9, WRITE, "a.yaml")], Some(1009)),
             (&[(5, TOUCH, "a.yaml")], Some(5)),
             // Files that nobody reads; but links may lead through them.
             (&[(5, WRITE, "a.txt"), (6, CLOSE, "a.txt"), (7, TOUCH, ".a.yaml")], None),
+            (&[(5, RENAMED_AWAY, "..data_tmp")], None),
             (&[(5, TO, "..data")], Some(5)),
             (&[(5, REMOVE, "..2026")], Some(5)),
         ];
@@ -302,6 +308,16 @@ mod tests {
         let mut told = Told::default();
         fs::hard_link(&file, &other).unwrap();
         told.take(Instant::now(), CREATE, &other);
+        assert!(told.due);
+        // A temporary file is not looked at, and a link that manifests may lead through is.
+        let (temporary, link) = (dir.path().join("sedXYZ"), dir.path().join("current"));
+        fs::write(&temporary, "").unwrap();
+        std::os::unix::fs::symlink("v1", &link).unwrap();
+        let mut told = Told::default();
+        told.take(Instant::now(), CREATE, &temporary);
+        told.take(Instant::now(), TO, &temporary);
+        assert!(!told.due);
+        told.take(Instant::now(), CREATE, &link);
         assert!(told.due);
     }
 }
