@@ -126,7 +126,12 @@ impl Outages {
         let start = (watcher.boxed(), watcher::DefaultBackoff::default(), None, Arc::clone(self));
         let next = async |(mut watcher, mut pauses, pause, outages): Pausing<T>| {
             if let Some(pause) = pause {
-                let _ = tokio::time::timeout(pause, outages.over.notified()).await;
+                let over = tokio::time::timeout(pause, outages.over.notified()).await;
+                // The next failure is no more of that outage: often the API server has forgotten
+                // what the watch wants to go on from, and everything is to be listed.
+                if over.is_ok() {
+                    pauses = watcher::DefaultBackoff::default();
+                }
             }
             let told = watcher.next().await?;
             let pause = match &told {
@@ -318,7 +323,7 @@ mod tests {
             let refused = kube::Error::ReadEvents(std::io::ErrorKind::ConnectionRefused.into());
             Err(watcher::Error::WatchStartFailed(refused))
         };
-        let told = stream::iter((0..8).map(move |_| failure())).chain(stream::iter([Ok(())]));
+        let told = stream::iter((0..9).map(move |_| failure())).chain(stream::iter([Ok(())]));
         let mut watcher = Box::pin(outages.pausing(told));
         let start = tokio::time::Instant::now();
         for _ in 0..8 {
@@ -332,7 +337,10 @@ mod tests {
             outages.wake(news);
         };
         let (told, ()) = tokio::join!(watcher.next(), back);
-        assert!(matches!(told, Some(Ok(()))));
+        assert!(matches!(told, Some(Err(_))));
         assert_eq!(start.elapsed().as_secs(), 1);
+        // It is not held against the watcher what was before.
+        assert!(matches!(watcher.next().await, Some(Ok(()))));
+        assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
     }
 }
