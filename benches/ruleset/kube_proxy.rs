@@ -8,21 +8,18 @@
 use std::fmt::Write as _;
 use std::io::Write as _;
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::resource::{UsageWho, getrusage};
 
 use crate::cluster::{Cluster, NODE_ADDRESS, PORT, PORT_NAME};
-use crate::machine::kernel_kib;
-use crate::measure::{Job, Measurement, Objects, Outcome, Proxy, What};
+use crate::measure::{Job, Measurement, Outcome, Proxy, What};
+use crate::objects;
 
 const TABLE: &str = "kube-proxy";
 /// How often the table is listed.
 const LISTINGS: usize = 3;
-/// Kernel memory is read this long after a transaction: the kernel frees what it needed for it in
-/// the background.
-const SETTLE: Duration = Duration::from_millis(300);
 
 /// Loads the cluster, and then changes it in every way that is compared.
 ///
@@ -37,12 +34,9 @@ pub fn run(job: &Job) -> Result<Vec<Measurement>> {
     };
 
     let mut load = Outcome::default();
-    let kernel_before = kernel_kib()?;
     commit(&everything(&cluster), &mut load)?;
     load.peak_kib.push(children_peak_kib()?);
-    std::thread::sleep(SETTLE);
-    load.kernel_kib.push(kernel_kib()? - kernel_before);
-    load.objects = Some(count_objects("ip", TABLE)?);
+    load.objects = Some(objects::count()?);
     keep(What::ColdLoad, load);
     if job.changes == 0 {
         return Ok(measurements);
@@ -70,7 +64,7 @@ pub fn run(job: &Job) -> Result<Vec<Measurement>> {
     let mut listing = Outcome::default();
     for _ in 0..LISTINGS {
         let begun = Instant::now();
-        let text = list("ip", TABLE)?;
+        let text = list()?;
         listing.add(begun.elapsed());
         listing.bytes.push(text.len());
     }
@@ -82,28 +76,9 @@ pub fn run(job: &Job) -> Result<Vec<Measurement>> {
     Ok(measurements)
 }
 
-/// The chains, rules and named sets of a table, through nft.
-///
-/// # Errors
-/// When nft is missing or cannot list the table.
-pub fn count_objects(family: &str, table: &str) -> Result<Objects> {
-    let listing: serde_json::Value = serde_json::from_slice(&list(family, table)?)?;
-    let mut objects = Objects::default();
-    for object in listing["nftables"].as_array().context("a listing is an array")? {
-        let counter = match object.as_object().and_then(|object| object.keys().next()) {
-            Some(kind) if kind == "chain" => &mut objects.chains,
-            Some(kind) if kind == "rule" => &mut objects.rules,
-            Some(kind) if kind == "set" || kind == "map" => &mut objects.sets,
-            _ => continue,
-        };
-        *counter += 1;
-    }
-    Ok(objects)
-}
-
-fn list(family: &str, table: &str) -> Result<Vec<u8>> {
+fn list() -> Result<Vec<u8>> {
     let output = Command::new("nft")
-        .args(["--json", "--terse", "list", "table", family, table])
+        .args(["--json", "--terse", "list", "table", "ip", TABLE])
         .output()
         .context("cannot run nft")?;
     ensure!(output.status.success(), "nft: {}", String::from_utf8_lossy(&output.stderr));

@@ -1,4 +1,4 @@
-//! The machine that the figures come from, and its memory.
+//! The machine that the figures come from.
 
 use std::process::Command;
 
@@ -55,19 +55,6 @@ impl Machine {
 /// When /proc does not tell.
 pub fn peak_kib() -> Result<u64> {
     kib("/proc/self/status", "VmHWM").context("/proc/self/status has no VmHWM")
-}
-
-/// Memory that the kernel has for itself, in KiB: objects, large tables and per-CPU counters.
-///
-/// # Errors
-/// When /proc does not tell.
-pub fn kernel_kib() -> Result<i64> {
-    let mut sum = 0;
-    for name in ["SUnreclaim", "VmallocUsed", "Percpu"] {
-        let part = kib("/proc/meminfo", name).with_context(|| format!("no {name}"))?;
-        sum += i64::try_from(part).context("too much memory")?;
-    }
-    Ok(sum)
 }
 
 fn kib(file: &str, name: &str) -> Option<u64> {

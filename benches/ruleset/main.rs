@@ -12,6 +12,7 @@ mod isolation;
 mod kube_proxy;
 mod machine;
 mod measure;
+mod objects;
 mod portcullis;
 mod report;
 

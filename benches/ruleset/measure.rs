@@ -73,22 +73,19 @@ pub struct Outcome {
     /// The most memory that the process which programs the kernel ever had, in KiB.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub peak_kib: Vec<u64>,
-    /// What the kernel's own memory grew by, in KiB.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub kernel_kib: Vec<i64>,
     /// What the table consists of afterwards.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub objects: Option<Objects>,
 }
 
-/// Objects in a table, as nft counts them; elements are none.
+/// Objects in a table; elements are none.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Objects {
     /// Chains.
     pub chains: usize,
     /// Rules.
     pub rules: usize,
-    /// Named sets and maps.
+    /// Sets and maps, anonymous ones included.
     pub sets: usize,
 }
 
@@ -126,7 +123,6 @@ impl Outcome {
         self.operations.extend(other.operations);
         self.bytes.extend(other.bytes);
         self.peak_kib.extend(other.peak_kib);
-        self.kernel_kib.extend(other.kernel_kib);
         self.objects = self.objects.or(other.objects);
     }
 }

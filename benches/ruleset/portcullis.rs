@@ -8,15 +8,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
 use portcullis::commit::{Change, Totals, Worker};
-use portcullis::ruleset::TABLE;
 
 use crate::cluster::Cluster;
-use crate::kube_proxy::count_objects;
-use crate::machine::{kernel_kib, peak_kib};
+use crate::machine::peak_kib;
 use crate::measure::{Job, Measurement, Outcome, Proxy, What};
+use crate::objects;
 
-/// Kernel memory is read this long after a transaction: the kernel frees what it needed for it in
-/// the background.
+/// How long the kernel may take to grow its hash tables in the background.
 const SETTLE: Duration = Duration::from_millis(300);
 
 /// Does a job.
@@ -40,21 +38,17 @@ pub fn run(job: &Job) -> Result<Vec<Measurement>> {
 
 fn cold_load(job: &Job) -> Result<Outcome> {
     let cluster = Cluster::new(job.size);
-    let kernel_before = kernel_kib()?;
     let mut subject = Measured::open()?;
     let mut outcome = Outcome::default();
     subject.adopt(&cluster, &mut outcome)?;
     outcome.peak_kib.push(peak_kib()?);
-    std::thread::sleep(SETTLE);
-    outcome.kernel_kib.push(kernel_kib()? - kernel_before);
-    outcome.objects = Some(count_objects("inet", TABLE)?);
+    outcome.objects = Some(objects::count()?);
     Ok(outcome)
 }
 
 fn restart(job: &Job) -> Result<Outcome> {
     let cluster = Cluster::new(job.size);
     Measured::open()?.adopt(&cluster, &mut Outcome::default())?;
-    // The kernel grows its hash tables in the background.
     std::thread::sleep(SETTLE);
     let mut outcome = Outcome::default();
     Measured::open()?.adopt(&cluster, &mut outcome)?;

@@ -171,7 +171,6 @@ fn cold_loads(out: &mut String, all: &[Measurement]) {
             "operations",
             "bytes",
             "peak memory",
-            "kernel memory",
             "ratio",
         ],
     );
@@ -190,7 +189,6 @@ fn cold_loads(out: &mut String, all: &[Measurement]) {
                 thousands(outcome.operations.first().copied().unwrap_or_default()),
                 bytes(outcome.bytes.first().copied().unwrap_or_default()),
                 bytes(outcome.peak_kib.iter().max().map_or(0, |kib| *kib as usize * 1024)),
-                median_kib(&outcome.kernel_kib),
                 ratio(load, ours),
             ],
         );
@@ -363,11 +361,6 @@ fn bytes(bytes: usize) -> String {
         b if b < 1e6 => format!("{:.1} kB", b / 1e3),
         b => format!("{:.1} MB", b / 1e6),
     }
-}
-
-fn median_kib(kib: &[i64]) -> String {
-    let values: Vec<f64> = kib.iter().map(|k| as_f64(usize::try_from(*k).unwrap_or(0))).collect();
-    percentile(&values, 0.5).map(|kib| format!("{:.0} MB", kib * 1024.0 / 1e6)).unwrap_or_default()
 }
 
 fn range(operations: &[usize]) -> String {
