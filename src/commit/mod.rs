@@ -70,10 +70,10 @@ pub struct Adoption {
     pub operations: usize,
 }
 
-/// What all transactions of a worker have cost so far.
+/// What the transactions of a worker that succeeded have cost so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Totals {
-    /// Transactions, those that were refused included.
+    /// Their number.
     pub transactions: usize,
     /// Elements, chains, rules and sets written or deleted.
     pub operations: usize,

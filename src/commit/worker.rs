@@ -21,6 +21,15 @@ use crate::ruleset::{Contribution, SetName, Subject, TABLE, endpoint_keys};
 /// A subject and the contribution that it shall have.
 type Target = (Subject, Option<Contribution>);
 
+/// How many subjects the first transaction of a new table takes; each one behind it doubles what
+/// is there.
+///
+/// The kernel grows its hash tables in the background, on the CPU that asked for it, and gets to it
+/// when that CPU is free: between transactions. In one transaction of a million elements, two
+/// thirds of the time go into looking through a row of tables that wait to become one
+/// (`rhashtable_insert_slow`).
+const FIRST_PART: usize = 500;
+
 /// Who was refused, and why.
 pub type Refused = BTreeMap<Subject, CommitError>;
 
@@ -240,7 +249,7 @@ impl Worker {
             let dump = self.dump()?;
             let present = dump.is_some();
             let found = dump.and_then(Found::new);
-            let targets: Vec<Target> = subjects
+            let mut targets: Vec<Target> = subjects
                 .into_iter()
                 .map(|subject| {
                     let slots = |pool: &_| found.as_ref().and_then(|found| found.slots_of(pool));
@@ -248,8 +257,13 @@ impl Worker {
                 })
                 .collect();
 
+            // Where nothing is, nothing needs to change at once.
+            let rest = match present {
+                true => Vec::new(),
+                false => targets.split_off(FIRST_PART.min(targets.len())),
+            };
             let (error, targets) = match self.replace(found, present, targets) {
-                Ok(adoption) => return Ok(adoption),
+                Ok(adoption) => return Ok(self.load_rest(adoption, rest)),
                 Err(failed) => failed,
             };
             if self.flags != TableFlags::NONE && is_unknown_flag(&error) {
@@ -266,7 +280,7 @@ impl Worker {
                 Split::Guilty(..) => return Err(error),
                 Split::Halves(..) if is_denied(&error) => return Err(error),
                 Split::Halves(first, second) => {
-                    return self.resync_in_parts(present, first, second);
+                    return self.resync_in_parts(present, [first, second, rest]);
                 }
             }
         }
@@ -317,10 +331,7 @@ impl Worker {
             return Err((error, targets));
         }
         if operations > 0 {
-            // What was allowed before is not known.
-            let plans = targets.iter().filter_map(|(_, c)| c.as_ref()?.plan());
-            let revoked = plans.filter_map(|p| p.firewall.as_ref()).flat_map(revoke::all).collect();
-            self.revoker.sweep(revoked, self.node_addresses());
+            self.revoker.sweep(all_restrictions(&targets).collect(), self.node_addresses());
         }
         self.applied = Applied::new(targets);
         Ok(Adoption { found: present, replaced, operations })
@@ -331,18 +342,41 @@ impl Worker {
     fn resync_in_parts(
         &mut self,
         present: bool,
-        first: Vec<Target>,
-        second: Vec<Target>,
+        parts: [Vec<Target>; 3],
     ) -> Result<Adoption, Error> {
         let node = vec![(Subject::Node, Some(self.node.clone()))];
         let adoption = self.replace(None, present, node).map_err(|(error, _)| error)?;
+        Ok(self.load(adoption, parts))
+    }
+
+    /// Commits what a new table has not got yet, in transactions that grow.
+    fn load_rest(&mut self, adoption: Adoption, rest: Vec<Target>) -> Adoption {
+        let mut rest = rest.into_iter();
+        let mut size = FIRST_PART;
+        let parts = std::iter::from_fn(|| {
+            let part: Vec<Target> = rest.by_ref().take(size).collect();
+            size *= 2;
+            (!part.is_empty()).then_some(part)
+        });
+        self.load(adoption, parts)
+    }
+
+    /// Commits each part by itself; whom the kernel refuses is left out.
+    fn load(
+        &mut self,
+        adoption: Adoption,
+        parts: impl IntoIterator<Item = Vec<Target>>,
+    ) -> Adoption {
+        let before = self.totals.operations;
         let (mut refused, mut revoked) = (Refused::new(), Vec::new());
-        for part in [first, second] {
+        for part in parts {
+            revoked.extend(all_restrictions(&part));
             self.commit_targets(part, &mut refused, &mut revoked, Surprise::Refuse);
         }
         self.revoker.sweep(revoked, self.node_addresses());
         self.refused.extend(refused);
-        Ok(adoption)
+        let operations = adoption.operations + self.totals.operations - before;
+        Adoption { operations, ..adoption }
     }
 
     /// Has the kernel do a transaction, and counts it.
@@ -350,12 +384,12 @@ impl Worker {
         let operations = batch.operations();
         let transaction = batch.finish();
         let begun = Instant::now();
-        let result = self.socket.commit_encoded(&transaction);
+        self.socket.commit_encoded(&transaction)?;
         self.totals.transactions += 1;
         self.totals.operations += operations;
         self.totals.bytes += transaction.size();
         self.totals.kernel_time += begun.elapsed();
-        result
+        Ok(())
     }
 
     fn node_addresses(&self) -> Vec<IpNet> {
@@ -377,6 +411,12 @@ impl Worker {
         let refused = self.refused.get(&subject).cloned();
         (self.report)(Report { subject, refused, diagnostics });
     }
+}
+
+/// What `targets` forbid, where it is not known what was allowed before.
+fn all_restrictions(targets: &[Target]) -> impl Iterator<Item = Revocation> {
+    let plans = targets.iter().filter_map(|(_, contribution)| contribution.as_ref()?.plan());
+    plans.filter_map(|plan| plan.firewall.as_ref()).flat_map(revoke::all)
 }
 
 /// What to do when the table is not as it was left.
