@@ -75,6 +75,14 @@ impl Worker {
         })
     }
 
+    /// Makes a plain table that others may change, as on a kernel before Linux 6.9, which knows no
+    /// owners. A table that has an owner already stays as it is.
+    #[must_use]
+    pub fn without_owner(mut self) -> Worker {
+        self.flags = TableFlags::NONE;
+        self
+    }
+
     /// What the kernel holds, as of the last transaction.
     pub fn applied(&self) -> &Applied {
         &self.applied

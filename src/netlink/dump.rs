@@ -141,7 +141,7 @@ impl Socket {
         table: &str,
         expected: &mut impl FnMut(&str) -> Option<Vec<Vec<u8>>>,
     ) -> Result<Option<TableDump>, (&'static str, ListError)> {
-        let before = self.generation().map_err(|e| ("the generation of nf_tables", e))?;
+        let before = self.try_generation().map_err(|e| ("the generation of nf_tables", e))?;
         let mut dump = None;
         // Not a dump, so nothing but an acknowledgement tells where the answer ends.
         let request = request(NFT_MSG_GETTABLE, NLM_F_ACK, |out| put_str(out, 1, table));
@@ -174,15 +174,28 @@ impl Socket {
         }
         // Each listing is of one moment, or the kernel says that it is not; that all of them are of
         // the same moment it does not say.
-        let after = self.generation().map_err(|e| ("the generation of nf_tables", e))?;
+        let after = self.try_generation().map_err(|e| ("the generation of nf_tables", e))?;
         if before != after {
             return Err(("nf_tables tables", ListError::Interrupted));
         }
         Ok(Some(dump))
     }
 
-    /// The number that every transaction in this network namespace raises.
-    fn generation(&mut self) -> Result<u32, ListError> {
+    /// The number that every transaction in this network namespace raises, whoever makes it.
+    ///
+    /// # Errors
+    /// [`Error::List`] with the kernel's reason, as [`Socket::dump_table`].
+    pub fn generation(&mut self) -> Result<u32, Error> {
+        self.try_generation().map_err(|error| match error {
+            ListError::Refused(source) => {
+                Error::List { what: "the generation of nf_tables", source }
+            }
+            ListError::Interrupted => Error::Interrupted,
+            ListError::Failed(error) => error,
+        })
+    }
+
+    fn try_generation(&mut self) -> Result<u32, ListError> {
         let mut generation = 0;
         let request = request(NFT_MSG_GETGEN, NLM_F_ACK, |_| {});
         self.list_kind(request, NFT_MSG_NEWGEN, |attributes| {
