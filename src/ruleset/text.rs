@@ -123,26 +123,36 @@ fn render_chain<'a>(
 
 /// One element as nft prints it.
 fn element_text(key: &ElementKey, value: &Value, comment: Option<&str>) -> String {
-    let spec = key.set.spec();
-    let mut text = if spec.interval {
-        interval_text(key, &spec)
-    } else {
-        fields_text(&spec.key, key.bytes.as_slice())
-    };
+    let mut text = key_text(key);
     if let Some(comment) = comment {
         let _ = write!(text, " comment \"{}\"", crate::netlink::shorten_comment(comment));
     }
-    match (value, spec.data) {
-        (Value::Goto(chain), _) => {
-            let _ = write!(text, " : goto {}", chain.name());
-        }
-        (Value::Endpoint(bytes), SetData::Endpoint(family)) => {
-            let fields = [Field::Address(family), Field::Port];
-            let _ = write!(text, " : {}", fields_text(&fields, bytes.as_slice()));
-        }
-        _ => {}
+    if let Some(value) = value_text(&key.set, value) {
+        let _ = write!(text, " : {value}");
     }
     text
+}
+
+/// An element's key as nft prints it.
+pub(crate) fn key_text(key: &ElementKey) -> String {
+    let spec = key.set.spec();
+    if spec.interval {
+        interval_text(key, &spec)
+    } else {
+        fields_text(&spec.key, key.bytes.as_slice())
+    }
+}
+
+/// What an element of `set` leads to, as nft prints it; `None` for an element of a plain set.
+pub(crate) fn value_text(set: &SetName, value: &Value) -> Option<String> {
+    match (value, set.spec().data) {
+        (Value::Goto(chain), _) => Some(format!("goto {}", chain.name())),
+        (Value::Endpoint(bytes), SetData::Endpoint(family)) => {
+            let fields = [Field::Address(family), Field::Port];
+            Some(fields_text(&fields, bytes.as_slice()))
+        }
+        _ => None,
+    }
 }
 
 /// An interval as the CIDR that it was made of.
