@@ -59,6 +59,17 @@ impl Desired {
         Some(Arc::new(plan))
     }
 
+    /// The plan of `service` as it was handed over, with what a senior Service has; `None` where
+    /// there is no such Service.
+    pub fn planned(&self, service: &ServiceName) -> Option<&Arc<ServicePlan>> {
+        self.plans.get(service)
+    }
+
+    /// The Service that has what several may claim; `None` where nobody claims it.
+    pub fn holder(&self, claim: &Claim) -> Option<&ServiceName> {
+        self.claims.get(claim)?.first().map(|seniority| &seniority.service)
+    }
+
     /// The names of all planned Services, in no particular order.
     pub fn services(&self) -> impl Iterator<Item = &ServiceName> {
         self.plans.keys()
