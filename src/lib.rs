@@ -5,6 +5,7 @@
 //! [`commit`] brings it into the kernel by way of [`netlink`], and [`report`] tells what became
 //! of it. ARCHITECTURE.md says who may use whom.
 
+pub mod audit;
 pub mod commit;
 pub mod model;
 pub mod netlink;
