@@ -1,0 +1,608 @@
+//! `portcullis::audit` on a real kernel: what was programmed is in sync, and what somebody changes
+//! behind our back is found, no more and no less.
+//!
+//! `NFT` names another `nft` to test with; the one that is installed is the default.
+
+use std::ffi::OsString;
+use std::fmt::Write as _;
+use std::io::Write as _;
+use std::net::IpAddr;
+use std::num::NonZeroU16;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use portcullis::audit::{
+    self, Access, Audit, Change, Count, Difference, Exposure, Nft, Object, Observed, Position,
+};
+use portcullis::commit::Worker;
+use portcullis::model::{
+    CidrSet, Endpoint, EndpointSlice, Family, Node, NodeContext, NodePortAddresses, Protocol,
+    Readiness, Service, ServiceName, ServicePort, SliceName, SlicePort, SourceRestriction,
+};
+use portcullis::plan::{Desired, ServicePlan, plan_service};
+
+#[test]
+fn what_was_programmed_is_in_sync() {
+    let Some(namespace) = Namespace::new() else { return };
+    let world = World::varied();
+    namespace.run(|| {
+        let worker = world.program();
+        // Owned by the worker, and by nobody: some versions of nft need to be asked differently.
+        let owned = world.audit();
+        assert_eq!(owned.differences, [], "{owned}");
+        drop(worker);
+        let orphaned = world.audit();
+        assert_eq!(orphaned.differences, [], "{orphaned}");
+        assert_eq!(owned, orphaned);
+        assert!(owned.in_sync);
+        assert_eq!(owned.foreign, []);
+    });
+}
+
+/// What should be there is known to an audit from the same bytes that were written. Here it is
+/// written out.
+#[test]
+fn nft_reads_what_was_meant() {
+    let Some(namespace) = Namespace::new() else { return };
+    let world = World::varied();
+    let table: &[(&str, &str)] = &[
+        ("cluster-ips4", "10.96.0.7 comment \"shop/inside\""),
+        ("cluster-ips6", "fd00:96::10 comment \"shop/unnamed\""),
+        ("nodeport-ips4", "192.168.77.1"),
+        ("nodeport-ips6", "fd00:77::1"),
+        (
+            "service-ips4",
+            "10.96.0.7 . tcp . 80 comment \"shop/inside:http\" : goto service4-over-7",
+        ),
+        (
+            "service-ips6",
+            "fd00:96::8 . sctp . 53 comment \"shop/dns:dns-sctp\" : goto service6-over-2",
+        ),
+        ("nodeports4", "tcp . 30086 comment \"shop/unnamed\" : goto nodeport4-over-1"),
+        ("nodeports6", "udp . 30053 comment \"shop/dns:dns\" : goto nodeport6-over-2"),
+        ("endpoints4", "10.96.0.7 . tcp . 80 . 0x00000006 : 10.244.7.7 . 8080"),
+        ("endpoints6", "fd00:96::8 . udp . 53 . 0x00000001 : fd00:244:8::2 . 8053"),
+        ("nodeport-endpoints4", "tcp . 30080 . 0x00000002 : 10.244.1.3 . 8080"),
+        ("nodeport-endpoints6", "udp . 30053 . 0x00000000 : fd00:244:8::1 . 8053"),
+        ("no-endpoints4", "10.96.0.6 . tcp . 80 comment \"shop/empty:http\""),
+        ("no-endpoints6", "fd00:96::6 . tcp . 80 comment \"shop/empty:http\""),
+        ("no-endpoint-nodeports4", "tcp . 30085 comment \"shop/empty:http\""),
+        ("no-endpoint-nodeports6", "tcp . 30085 comment \"shop/empty:http\""),
+        ("hairpin4", "10.244.7.1 . 10.244.7.1"),
+        ("hairpin6", "fd00:244:7::1 . fd00:244:7::1"),
+        ("nodeport-firewall", "udp . 30053 comment \"shop/dns:dns\" : goto fw-shop/dns"),
+        ("allow4-shop/web", "10.128.0.0/10"),
+        ("allow6-shop/web", "ffff::/16"),
+        ("allow6-shop/world", "::/0"),
+    ];
+    namespace.run(|| {
+        let _worker = world.program();
+        let nft = Nft { program: nft_program(), ..Nft::default() };
+        let observed = Observed::read(&nft.list().unwrap()).unwrap();
+        let sets = observed.table.unwrap().sets;
+        for (set, expected) in table {
+            let elements = sets[*set].elements.iter();
+            let elements: Vec<String> = elements.map(|(key, e)| e.text(key)).collect();
+            assert!(elements.iter().any(|e| e == expected), "{expected} in {set}: {elements:#?}");
+        }
+        let all: Vec<&str> = sets.keys().map(String::as_str).collect();
+        let known = |set: &&str| set.starts_with("allow") || table.iter().any(|(s, _)| s == set);
+        assert!(all.iter().all(known), "add a line for each new set: {all:?}");
+    });
+}
+
+#[test]
+fn slots_may_be_any() {
+    let Some(namespace) = Namespace::new() else { return };
+    let mut world = World::new();
+    let http = [Exposed { node_port: Some(30080), ..Exposed::HTTP }];
+    world.add("web", 1, &http, 5, SourceRestriction::Unrestricted);
+    namespace.run(|| {
+        let mut worker = world.program();
+        // The first endpoints go: the last ones move into their slots.
+        let mut plan = world.plans[0].clone();
+        for pool in &mut plan.pools {
+            let gone: Vec<_> = pool.backends.drain(0..2).map(|backend| backend.address).collect();
+            pool.local.retain(|address| !gone.contains(address));
+        }
+        let name = ServiceName::new("shop", "web");
+        let change = portcullis::commit::Change::Service(name.clone(), Some(plan.clone()));
+        assert!(worker.commit(vec![change]).is_empty());
+        assert!(!world.audit().in_sync, "the old plan is in force no more");
+        world.desired.set(&name, Some(plan));
+        let audit = world.audit();
+        assert_eq!(audit.differences, [], "{audit}");
+    });
+}
+
+#[test]
+fn every_change_by_others_is_found() {
+    let world = World::varied();
+    let table: &[(&str, &str, &str)] = &[
+        (
+            "an endpoint is gone",
+            "delete element inet portcullis endpoints4 { 10.96.0.7 . tcp . 80 . 0x2 }",
+            "Missing Element endpoints4 10.96.0.7 . tcp . 80 . 0x00000002\n",
+        ),
+        (
+            "an endpoint is another",
+            "delete element inet portcullis endpoints4 { 10.96.0.7 . tcp . 80 . 0x2 }
+             add element inet portcullis endpoints4 { 10.96.0.7 . tcp . 80 . 0x2 : 192.0.2.1 . 80 }",
+            "Changed Element endpoints4 10.96.0.7 . tcp . 80 . 0x00000002\n",
+        ),
+        (
+            "an endpoint too many",
+            "add element inet portcullis endpoints4 { 10.96.0.7 . tcp . 80 . 0x7 : 192.0.2.1 . 80 }",
+            "Unexpected Element endpoints4 10.96.0.7 . tcp . 80 . 0x00000007\n",
+        ),
+        (
+            "a Service that nobody knows",
+            "add element inet portcullis cluster-ips6 { fd00:96::99 comment \"shop/ghost\" }",
+            "Unexpected Element cluster-ips6 fd00:96::99\n",
+        ),
+        (
+            "a source too many",
+            "add element inet portcullis allow4-shop/web { 203.0.113.0/24 }",
+            "Unexpected Element allow4-shop/web 203.0.113.0/24\n",
+        ),
+        (
+            "a port without its firewall",
+            "delete element inet portcullis nodeport-firewall { tcp . 30082 }",
+            "Missing Element nodeport-firewall tcp . 30082\n",
+        ),
+        (
+            "a Service is led to another number of endpoints",
+            "delete element inet portcullis service-ips4 { 10.96.0.7 . tcp . 80 }
+             add element inet portcullis service-ips4 { 10.96.0.7 . tcp . 80 comment \"shop/inside:http\" : goto service4-over-3 }",
+            "Changed Element service-ips4 10.96.0.7 . tcp . 80\n",
+        ),
+        (
+            "an element belongs to somebody else, so it says",
+            "delete element inet portcullis cluster-ips4 { 10.96.0.7 }
+             add element inet portcullis cluster-ips4 { 10.96.0.7 comment \"shop/outside\" }",
+            "Changed Element cluster-ips4 10.96.0.7\n",
+        ),
+        (
+            "a rule before ours",
+            "insert rule inet portcullis source-firewall ip saddr 203.0.113.9 tcp dport 30082 accept",
+            "Unexpected Rule source-firewall\n",
+        ),
+        (
+            "a rule of a kind that we never write",
+            "add rule inet portcullis filter-input meta skuid 0 tcp flags syn limit rate over 10 mbytes/second drop",
+            "Unexpected Rule filter-input\n",
+        ),
+        (
+            "a firewall is flushed",
+            "flush chain inet portcullis fw-shop/nobody",
+            "Missing Rule fw-shop/nobody\nMissing Rule fw-shop/nobody\n\
+             Missing Rule fw-shop/nobody\nMissing Rule fw-shop/nobody\n",
+        ),
+        (
+            "a chain that no Service needs",
+            "add chain inet portcullis service4-over-99
+             add rule inet portcullis service4-over-99 accept",
+            "Unexpected Chain service4-over-99\n",
+        ),
+        (
+            "a base chain more",
+            "add chain inet portcullis sniff { type filter hook input priority -7; policy drop; }",
+            "Unexpected Chain sniff\n",
+        ),
+        (
+            "another policy",
+            "add chain inet portcullis filter-forward { policy drop; }",
+            "Changed Chain filter-forward\n",
+        ),
+        (
+            "a set more",
+            "add set inet portcullis mine { type ipv4_addr; flags timeout; }",
+            "Unexpected Set mine\n",
+        ),
+        (
+            "the node's addresses",
+            "flush set inet portcullis nodeport-ips4
+             add element inet portcullis nodeport-ips4 { 192.168.77.0/24 }",
+            "Unexpected Element nodeport-ips4 192.168.77.0/24\n\
+             Missing Element nodeport-ips4 192.168.77.1\n",
+        ),
+        ("the table is gone", "delete table inet portcullis", "Missing Table portcullis\n"),
+    ];
+    for (name, script, expected) in table {
+        let Some(namespace) = Namespace::new() else { return };
+        namespace.run(|| {
+            drop(world.program());
+            nft(script);
+            let audit = world.audit();
+            assert_eq!(short(&audit.differences), *expected, "{name}:\n{audit}");
+            assert!(!audit.in_sync, "{name}");
+        });
+    }
+}
+
+#[test]
+fn a_firewall_that_was_tampered_with_is_not_in_force() {
+    let Some(namespace) = Namespace::new() else { return };
+    let world = World::varied();
+    let table: &[(&str, &[&str])] = &[
+        ("add element inet portcullis allow4-shop/web { 203.0.113.0/24 }", &["web"]),
+        ("delete element inet portcullis nodeport-firewall { tcp . 30053 }", &["dns"]),
+        ("flush chain inet portcullis fw-shop/closed", &["closed"]),
+        ("delete element inet portcullis endpoints4 { 10.96.0.7 . tcp . 80 . 0x2 }", &[]),
+        (
+            "flush chain inet portcullis firewall-prerouting",
+            &["closed", "dns", "empty", "late", "nobody", "open", "unnamed", "web", "world"],
+        ),
+    ];
+    namespace.run(|| {
+        for (script, expected) in table {
+            drop(world.program());
+            nft(script);
+            let audit = world.audit();
+            let broken = audit.exposures.iter().filter(|exposure| !exposure.in_force);
+            let broken: Vec<&str> = broken.map(|exposure| &*exposure.service).collect();
+            assert_eq!(&broken, expected, "{script}:\n{audit}");
+        }
+    });
+}
+
+#[test]
+fn counters_are_reported_and_make_no_difference() {
+    let Some(namespace) = Namespace::new() else { return };
+    let world = World::varied();
+    namespace.run(|| {
+        drop(world.program());
+        for (set, family, packets) in [("@allow4", "ip", 7), ("@allow6", "ip6", 5)] {
+            let (handle, bytes) = (handle("fw-shop/web", set), 60 * packets);
+            nft(&format!(
+                "replace rule inet portcullis fw-shop/web handle {handle} \
+                 {family} saddr {set}-shop/web counter packets {packets} bytes {bytes} accept \
+                 comment \"allowed\"",
+            ));
+        }
+        let handle = handle("fw-shop/web", "drop");
+        nft(&format!(
+            "replace rule inet portcullis fw-shop/web handle {handle} \
+             counter packets 4294967296 bytes 9999999999 drop comment \"refused\"",
+        ));
+        let orphaned = world.audit();
+        // The rules keep their counters when the table gets an owner.
+        let _worker = world.program();
+        for audit in [orphaned, world.audit()] {
+            assert_eq!(audit.differences, [], "{audit}");
+            let web = exposure(&audit, "web");
+            assert_eq!(web.accepted, Some(Count { packets: 12, bytes: 720 }));
+            assert_eq!(web.refused, Some(Count { packets: 1 << 32, bytes: 9_999_999_999 }));
+            assert_eq!(exposure(&audit, "dns").refused, Some(Count::default()));
+        }
+    });
+}
+
+#[test]
+fn exposures_say_who_may_reach_what() {
+    let Some(namespace) = Namespace::new() else { return };
+    let world = World::varied();
+    namespace.run(|| {
+        let _worker = world.program();
+        let audit = world.audit();
+        let access: Vec<(&str, Access, bool)> =
+            audit.exposures.iter().map(|e| (&*e.service, e.access, e.refused.is_some())).collect();
+        let expected = [
+            ("closed", Access::Closed, true),
+            ("dns", Access::Sources, true),
+            ("empty", Access::Everyone, false),
+            ("late", Access::Everyone, false),
+            ("nobody", Access::Nobody, true),
+            ("open", Access::Everyone, false),
+            ("unnamed", Access::Everyone, false),
+            ("web", Access::Sources, true),
+            ("world", Access::Sources, true),
+        ];
+        assert_eq!(access, expected);
+        let late = exposure(&audit, "late");
+        assert_eq!(late.node_ports[0].lost_to.as_deref(), Some("shop/web"));
+        let ports: Vec<(Protocol, u16)> =
+            exposure(&audit, "dns").node_ports.iter().map(|p| (p.protocol, p.port)).collect();
+        assert_eq!(ports, [(Protocol::Tcp, 30053), (Protocol::Udp, 30053)]);
+        let none = [(Family::V4, 0), (Family::V6, 0)].into_iter().collect();
+        assert_eq!(exposure(&audit, "empty").node_ports[0].endpoints, none);
+        assert_eq!(audit.diagnostics.len(), 1, "{audit}");
+    });
+}
+
+#[test]
+fn other_tables_are_seen() {
+    let Some(namespace) = Namespace::new() else { return };
+    let world = World::varied();
+    namespace.run(|| {
+        let worker = world.program();
+        nft("table inet strict {
+               chain early {
+                 type filter hook prerouting priority -300; policy drop;
+                 ct state new accept
+                 counter
+               }
+               chain among { type nat hook prerouting priority -105; }
+               chain late { type filter hook forward priority 10; }
+               chain same { type filter hook input priority 0; policy drop; }
+               chain helper {
+                 tcp dport { 22, 80 } accept
+               }
+             }
+             table netdev edge {
+               chain in { type filter hook ingress device lo priority 0; policy drop; }
+             }
+             table bridge br {
+               chain f { type filter hook forward priority 0; policy drop; }
+             }
+             table arp a {
+               chain in { type filter hook input priority 0; policy drop; }
+             }
+             table ip kube-proxy {
+               chain services {
+               }
+             }
+             table ip6 nat {
+               chain KUBE-SERVICES {
+               }
+             }
+             table ip filter {
+               chain KUBE-FIREWALL {
+               }
+             }");
+        let owned = world.audit();
+        drop(worker);
+        for audit in [owned, world.audit()] {
+            assert!(audit.in_sync, "{audit}");
+            let chains: Vec<(&str, &str, Position, bool, u64)> = audit
+                .foreign
+                .iter()
+                .map(|c| (&*c.table, &*c.chain, c.position, c.drops, c.rules))
+                .collect();
+            let expected = [
+                ("br", "f", Position::Before, true, 0),
+                ("strict", "late", Position::After, false, 0),
+                ("edge", "in", Position::Before, true, 0),
+                ("strict", "same", Position::Beside, true, 0),
+                ("strict", "early", Position::Before, true, 2),
+                ("strict", "among", Position::Between, false, 0),
+            ];
+            assert_eq!(chains, expected, "{audit}");
+            assert_eq!(audit.kube_proxy, ["ip kube-proxy", "ip6 nat"]);
+        }
+    });
+}
+
+#[test]
+fn a_namespace_without_our_table_lacks_it() {
+    let Some(namespace) = Namespace::new() else { return };
+    let world = World::varied();
+    namespace.run(|| {
+        let audit = world.audit();
+        assert_eq!(audit.differences.len(), 1, "{audit}");
+        let Difference { object, change, .. } = &audit.differences[0];
+        assert_eq!((*object, *change), (Object::Table, Change::Missing));
+        assert!(audit.exposures.iter().all(|exposure| !exposure.in_force));
+    });
+}
+
+fn exposure<'a>(audit: &'a Audit, service: &str) -> &'a Exposure {
+    audit.exposures.iter().find(|exposure| exposure.service == service).expect(service)
+}
+
+/// Differences, one a line, as `CHANGE OBJECT NAME KEY`.
+fn short(differences: &[Difference]) -> String {
+    let mut out = String::new();
+    for Difference { object, name, key, change, .. } in differences {
+        let key = key.as_deref().map(|key| format!(" {key}")).unwrap_or_default();
+        let _ = writeln!(out, "{change:?} {object:?} {name}{key}");
+    }
+    out
+}
+
+fn nft_program() -> OsString {
+    std::env::var_os("NFT").unwrap_or_else(|| "nft".into())
+}
+
+/// Feeds `script` to nft.
+fn nft(script: &str) {
+    let mut command = Command::new(nft_program());
+    command.args(["-f", "-"]).stdin(Stdio::piped());
+    let mut child = command.spawn().expect("nft is installed");
+    child.stdin.take().unwrap().write_all(script.as_bytes()).unwrap();
+    assert!(child.wait().unwrap().success(), "{script}");
+}
+
+/// The handle of the rule of `chain` whose listed line contains `text`.
+fn handle(chain: &str, text: &str) -> String {
+    let mut command = Command::new(nft_program());
+    let output = command.args(["-a", "list", "chain", "inet", "portcullis", chain]).output();
+    let listing = String::from_utf8(output.unwrap().stdout).unwrap();
+    let line = listing.lines().find(|line| line.contains(text)).expect(text);
+    line.rsplit(' ').next().unwrap().to_owned()
+}
+
+/// A network namespace of the test's own; it goes with the value.
+struct Namespace {
+    name: String,
+}
+
+impl Namespace {
+    /// `None` if this process may not make one, which is an error where `CI` is set.
+    fn new() -> Option<Namespace> {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let name = format!("portcullis-audit-{}-{number}", std::process::id());
+        let made = Command::new("ip").args(["netns", "add", &name]).output();
+        if made.as_ref().is_ok_and(|output| output.status.success()) {
+            return Some(Namespace { name });
+        }
+        assert!(std::env::var_os("CI").is_none(), "cannot make a network namespace: {made:?}");
+        eprintln!("SKIPPED: cannot make a network namespace: {made:?}");
+        None
+    }
+
+    /// Runs `work` on a thread in the namespace.
+    fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(|| {
+                let file = std::fs::File::open(format!("/run/netns/{}", self.name)).unwrap();
+                nix::sched::setns(file, nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+                work()
+            });
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        let _ = Command::new("ip").args(["netns", "del", &self.name]).status();
+    }
+}
+
+/// What is asked for.
+struct World {
+    node: NodeContext,
+    plans: Vec<ServicePlan>,
+    desired: Desired,
+}
+
+#[derive(Clone, Copy)]
+struct Exposed {
+    name: &'static str,
+    protocol: Protocol,
+    port: u16,
+    node_port: Option<u16>,
+}
+
+impl Exposed {
+    const HTTP: Exposed =
+        Exposed { name: "http", protocol: Protocol::Tcp, port: 80, node_port: None };
+}
+
+impl World {
+    fn new() -> World {
+        let node = NodeContext {
+            name: "here".into(),
+            node: Node {
+                primary_addresses: vec![address("192.168.77.1"), address("fd00:77::1")],
+                diagnostics: vec![],
+            },
+            nodeport_addresses: NodePortAddresses::Primary,
+        };
+        World { node, plans: Vec::new(), desired: Desired::default() }
+    }
+
+    /// A Service of every kind that makes a difference in the ruleset.
+    fn varied() -> World {
+        let http = |node_port| [Exposed { node_port, ..Exposed::HTTP }];
+        let dns = |name, protocol, node_port| Exposed { name, protocol, port: 53, node_port };
+        let allow = |list| SourceRestriction::Allow(CidrSet::parse(list).unwrap());
+        let open = || SourceRestriction::Unrestricted;
+        let some = "192.0.2.0/24, 10.0.0.0/9, 10.128.0.0/10, 255.0.0.0/8, 0.0.0.0/30, \
+                    198.51.100.7, 2001:db8::/32, ::/127, ::102:304, ffff::/16";
+        let mut world = World::new();
+        world.add("web", 1, &http(Some(30080)), 3, allow(some));
+        world.add("world", 2, &http(Some(30081)), 1, allow("0.0.0.0/0, ::/0"));
+        world.add("nobody", 3, &http(Some(30082)), 2, allow(""));
+        world.add("closed", 4, &http(Some(30083)), 2, SourceRestriction::Closed);
+        world.add("open", 5, &http(Some(30084)), 2, open());
+        world.add("empty", 6, &http(Some(30085)), 0, open());
+        world.add("inside", 7, &http(None), 7, open());
+        let dns = [
+            dns("dns", Protocol::Udp, Some(30053)),
+            dns("dns-tcp", Protocol::Tcp, Some(30053)),
+            dns("dns-sctp", Protocol::Sctp, None),
+        ];
+        world.add("dns", 8, &dns, 2, allow("10.0.0.0/8"));
+        // Younger than `web`, whose node port it asks for.
+        world.add("late", 9, &http(Some(30080)), 2, open());
+        world.add(
+            "unnamed",
+            10,
+            &[Exposed { name: "", node_port: Some(30086), ..Exposed::HTTP }],
+            1,
+            open(),
+        );
+        world
+    }
+
+    /// A dual-stack Service with that many endpoints in each family, the first of them here.
+    fn add(
+        &mut self,
+        name: &str,
+        number: u16,
+        ports: &[Exposed],
+        endpoints: u16,
+        node_port_sources: SourceRestriction,
+    ) {
+        let name = ServiceName::new("shop", name);
+        let port = |number| NonZeroU16::new(number).unwrap();
+        let service = Service {
+            name: name.clone(),
+            created: number.into(),
+            cluster_ips: vec![
+                address(&format!("10.96.0.{number}")),
+                address(&format!("fd00:96::{number}")),
+            ],
+            ports: ports
+                .iter()
+                .map(|p| ServicePort {
+                    name: p.name.into(),
+                    protocol: p.protocol,
+                    port: port(p.port),
+                    node_port: p.node_port.map(port),
+                })
+                .collect(),
+            node_port_sources,
+            diagnostics: vec![],
+        };
+        let slices = Family::ALL.map(|family| EndpointSlice {
+            name: SliceName { namespace: "shop".into(), name: "slice".into() },
+            service: name.clone(),
+            family,
+            ports: ports
+                .iter()
+                .map(|p| SlicePort {
+                    name: p.name.into(),
+                    protocol: p.protocol,
+                    port: port(8000 + p.port),
+                })
+                .collect(),
+            endpoints: (1..=endpoints)
+                .map(|endpoint| Endpoint {
+                    address: match family {
+                        Family::V4 => address(&format!("10.244.{number}.{endpoint}")),
+                        Family::V6 => address(&format!("fd00:244:{number}::{endpoint}")),
+                    },
+                    readiness: Readiness::Ready,
+                    node: (endpoint == 1).then(|| Arc::from("here")),
+                })
+                .collect(),
+            diagnostics: vec![],
+        });
+        let plan = plan_service(&service, &slices, &self.node);
+        self.desired.set(&name, Some(plan.clone()));
+        self.plans.push(plan);
+    }
+
+    /// Makes the kernel hold the world. The worker owns the table while it lives.
+    fn program(&self) -> Worker {
+        let report =
+            |report: portcullis::commit::Report| assert!(report.refused.is_none(), "{report:?}");
+        let mut worker = Worker::open(report).unwrap();
+        worker.adopt(self.node.clone(), self.plans.clone()).unwrap();
+        worker
+    }
+
+    fn audit(&self) -> Audit {
+        let nft = Nft { program: nft_program(), ..Nft::default() };
+        audit::run(&self.desired, &self.node, &nft).unwrap()
+    }
+}
+
+fn address(text: &str) -> IpAddr {
+    text.parse().expect(text)
+}
