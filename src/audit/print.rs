@@ -91,6 +91,7 @@ fn statement_text(statement: &Statement, counts: &mut Vec<Count>) -> Option<Stri
         Statement::Reject(Some(reject)) => match (reject._type, reject.expr) {
             // The default in the inet family.
             (Some(RejectType::ICMPX), Some(RejectCode::PortUnreach)) => "reject".to_owned(),
+            (Some(RejectType::TCPReset), None) => "reject with tcp reset".to_owned(),
             (Some(kind), Some(code)) => format!("reject with {} {}", word(kind)?, word(code)?),
             _ => return None,
         },
@@ -412,6 +413,7 @@ mod tests {
                 "masquerade persistent,random",
             ),
             (json!({"reject": null}), "reject"),
+            (json!({"reject": {"type": "tcp reset"}}), "reject with tcp reset"),
             (reject(json!("port-unreachable")), "reject"),
             (reject(json!(1)), "reject"),
             (reject(json!(3)), "reject with icmpx admin-prohibited"),

@@ -91,7 +91,7 @@ kernel differs from what is desired.
 
 Examples:
   portcullis audit --manifests ./services --node-name node-1
-  portcullis audit --node-name \"$NODE_NAME\" -o json | jq '.exposures[] | select(.sources == \"everyone\")'")]
+  portcullis audit --node-name \"$NODE_NAME\" -o json | jq '.exposures[] | select(.access == \"everyone\")'")]
 pub struct AuditOptions {
     #[command(flatten)]
     pub source: SourceOptions,
