@@ -6,7 +6,7 @@
 CARGO ?= cargo
 INSTALL ?=
 PREPARE := integration/prepare.sh $(if $(INSTALL),--install)
-BENCH_ARGS ?=
+BENCH_ARGS ?= --json docs/benchmarks/ruleset.json --markdown docs/benchmarks.md
 
 .DEFAULT_GOAL := help
 .PHONY: help build demo test unit lint fmt bench deny clean
