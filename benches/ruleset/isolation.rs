@@ -15,8 +15,10 @@ use nix::unistd::Pid;
 
 use crate::measure::{Job, Measurement};
 
-/// How a child is told its job.
+/// How a child is told its job ...
 pub const CHILD_FLAG: &str = "--child-job";
+/// ... and that it is to stay in the namespace that it was started in.
+pub const STAY_FLAG: &str = "--stay";
 
 /// Does `job` in a child process.
 ///
@@ -39,6 +41,20 @@ pub fn run(job: Job, limit: Duration) -> Result<Vec<Measurement>> {
     wait(&mut child, limit).with_context(|| format!("{job:?}"))?;
     let text = reader.join().expect("reading does not panic")?;
     serde_json::from_str(&text).with_context(|| format!("{job:?} printed {text:?}"))
+}
+
+/// Does `job` in a child process in this process's namespace, which is not the machine's own.
+///
+/// # Errors
+/// When the child fails.
+pub fn run_here(job: Job) -> Result<()> {
+    let status = Command::new(std::env::current_exe()?)
+        .args([CHILD_FLAG, &serde_json::to_string(&job)?, STAY_FLAG])
+        .stdout(Stdio::null())
+        .status()
+        .context("cannot start a child process")?;
+    ensure!(status.success(), "{job:?}: the child process ended with {status}");
+    Ok(())
 }
 
 fn wait(child: &mut Child, limit: Duration) -> Result<()> {

@@ -65,6 +65,9 @@ struct Options {
     /// The job of a child process
     #[arg(long, hide = true, value_name = "JSON")]
     child_job: Option<String>,
+    /// That the parent process is in a network namespace of its own already
+    #[arg(long, hide = true, requires = "child_job")]
+    stay: bool,
 }
 
 /// The raw data.
@@ -93,7 +96,7 @@ fn main() -> ExitCode {
 
 fn run(options: &Options) -> Result<()> {
     if let Some(job) = &options.child_job {
-        return child(&serde_json::from_str(job)?);
+        return child(&serde_json::from_str(job)?, options.stay);
     }
     let results = match &options.from {
         Some(file) => {
@@ -114,9 +117,11 @@ fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// Does one job in a new network namespace and prints what came out.
-fn child(job: &Job) -> Result<()> {
-    isolation::enter_new_namespace()?;
+/// Does one job and prints what came out.
+fn child(job: &Job, stay: bool) -> Result<()> {
+    if !stay {
+        isolation::enter_new_namespace()?;
+    }
     let measurements = match job.proxy {
         Proxy::Portcullis => portcullis::run(job)?,
         Proxy::KubeProxyShape => kube_proxy::run(job)?,

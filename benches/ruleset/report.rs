@@ -255,7 +255,10 @@ fn restarts(out: &mut String, all: &[Measurement]) {
         return;
     }
     out.push_str("\n### Restarting on a kernel that holds everything\n\n");
-    header(out, &["Services x endpoints", "median", "fastest - slowest", "elements written"]);
+    header(
+        out,
+        &["Services x endpoints", "median", "fastest - slowest", "elements written", "peak memory"],
+    );
     for restart in restarts {
         let outcome = &restart.outcome;
         row(
@@ -265,6 +268,7 @@ fn restarts(out: &mut String, all: &[Measurement]) {
                 median(&outcome.seconds),
                 spread(&outcome.seconds),
                 range(&outcome.operations),
+                bytes(outcome.peak_kib.iter().max().map_or(0, |kib| *kib as usize * 1024)),
             ],
         );
     }

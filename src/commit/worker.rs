@@ -266,10 +266,8 @@ impl Worker {
                 .collect();
 
             // Where nothing is, nothing needs to change at once.
-            let rest = match present {
-                true => Vec::new(),
-                false => targets.split_off(FIRST_PART.min(targets.len())),
-            };
+            let whole = if present { targets.len() } else { FIRST_PART.min(targets.len()) };
+            let rest = targets.split_off(whole);
             let (error, targets) = match self.replace(found, present, targets) {
                 Ok(adoption) => return Ok(self.load_rest(adoption, rest)),
                 Err(failed) => failed,
