@@ -593,7 +593,7 @@ impl World {
         let report =
             |report: portcullis::commit::Report| assert!(report.refused.is_none(), "{report:?}");
         let mut worker = Worker::open(report).unwrap();
-        worker.adopt(self.node.clone(), self.plans.clone()).unwrap();
+        worker.adopt(&self.node, self.plans.clone()).unwrap();
         worker
     }
 
