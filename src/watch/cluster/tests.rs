@@ -1,5 +1,7 @@
 //! Events as watchers tell them, and what they lead to in a real kernel.
 
+use std::time::Duration;
+
 use futures::channel::mpsc::{UnboundedSender, unbounded};
 use k8s_openapi::api::discovery::v1 as discovery;
 use kube::runtime::watcher::Event as Watched;
@@ -154,19 +156,25 @@ async fn changes_are_committed() {
     cluster.end().await;
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_new_object_of_an_old_name_stays() {
     let Some(mut cluster) = Cluster::listed(&[service("a", A)], &[]).await else { return };
     // The same object comes back: what was removed must be put back.
-    for round in 0..50 {
+    cluster.tell(Event::Service, Watched::Delete(service("a", A)));
+    cluster.services("gone", &[]).await;
+    cluster.tell(Event::Service, Watched::Apply(service("a", A)));
+    cluster.services("back", &["default/a 10.96.0.1:"]).await;
+    // It comes back at every moment of its removal.
+    for round in 0..200 {
         cluster.tell(Event::Service, Watched::Delete(service("a", A)));
+        tokio::time::sleep(Duration::from_micros(round * 11)).await;
         cluster.tell(Event::Service, Watched::Apply(service("a", A)));
-        if round % 2 == 0 {
-            tokio::task::yield_now().await;
-        }
     }
     cluster.tell(Event::Service, Watched::Apply(service("b", B)));
     cluster.services("same", &["default/a 10.96.0.1:", "default/b 10.96.0.2:"]).await;
+    // Nothing comes late.
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert_eq!(cluster.kernel.services(), ["default/a 10.96.0.1:", "default/b 10.96.0.2:"]);
     for _ in 0..50 {
         cluster.tell(Event::Service, Watched::Delete(service("a", A)));
         cluster.tell(Event::Service, Watched::Apply(service("a", "10.96.0.3")));
