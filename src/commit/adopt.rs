@@ -9,7 +9,8 @@ use super::applied::{
 };
 use crate::model::{Backend, Family};
 use crate::netlink::{
-    Batch, ChainDump, Data, ElementDump, RuleDump, TableDump, TableFlags, Verdict,
+    self, Batch, ChainDump, Data, ElementDump, HookDump, Hooked, RuleDump, SetData, SetDump,
+    TableDump, TableFlags, Tag, Verdict,
 };
 use crate::plan::Pool;
 use crate::ruleset::{
@@ -32,7 +33,10 @@ impl Found {
     /// Understands a listing. `None` if the table is another version's or somebody has changed
     /// more than elements: then it must be laid out anew.
     pub fn new(dump: TableDump) -> Option<Found> {
-        if dump.comment.as_deref() != Some(&layout_comment()) || !base_chains_are_ours(&dump) {
+        // A table can be put to sleep (`NFT_TABLE_F_DORMANT`): then it does nothing.
+        let strange = dump.flags.0 & !TableFlags::OWNED.0 != 0;
+        let layout = dump.comment.as_deref() == Some(&layout_comment());
+        if strange || !layout || !base_chains_are_ours(&dump) {
             return None;
         }
         let mut found = Found { flags: dump.flags, ..Found::default() };
@@ -46,6 +50,9 @@ impl Found {
                 Some(id) => id.clone(),
                 None => allow_set(&name)?,
             };
+            if !same_types(&set, &id.spec().netlink(&name)) {
+                return None;
+            }
             if let SetName::Allow(..) = id {
                 found.allow_sets.insert(name);
             }
@@ -70,12 +77,13 @@ impl Found {
         let mut sets = self.allow_sets.clone();
         for (name, chain) in &self.chains {
             if let Some(balancer) = balancer(name) {
-                if !same_rules(chain, &[balancer.rule()]) {
+                if !same_hook(chain, None) || !same_rules(chain, &[balancer.rule()]) {
                     return false;
                 }
             } else if let Some(firewall) = firewall(name) {
                 let complete = firewall.sets().iter().all(|set| sets.remove(&*set.name()));
-                if !complete || !same_rules(chain, &firewall.rules()) {
+                let same = same_hook(chain, None) && same_rules(chain, &firewall.rules());
+                if !complete || !same {
                     return false;
                 }
             } else {
@@ -135,7 +143,7 @@ impl Found {
         match self.elements.remove(&element.key) {
             Some((data, comment)) => {
                 if !same_data(&element.value, data.as_ref())
-                    || element.comment.as_deref().map(crate::netlink::shorten_comment)
+                    || element.comment.as_deref().map(netlink::shorten_comment)
                         != comment.as_deref()
                 {
                     delete_element(batch, &element.key);
@@ -181,7 +189,7 @@ pub(super) fn lay_out(
     }
     batch.add_table(flags, Some(&layout_comment()));
     for chain in BASE_CHAINS {
-        batch.add_chain(&crate::netlink::Chain {
+        batch.add_chain(&netlink::Chain {
             name: chain.name,
             hooked: chain.hooked,
             comment: Some(chain.comment),
@@ -201,21 +209,39 @@ fn base_chains_are_ours(dump: &TableDump) -> bool {
     BASE_CHAINS.iter().all(|chain| {
         let own = rules.iter().filter(|(name, _)| *name == chain.name);
         let own: Vec<RuleSpec> = own.map(|(_, rule)| rule.clone()).collect();
-        dump.chains.get(chain.name).is_some_and(|found| same_rules(found, &own))
+        dump.chains
+            .get(chain.name)
+            .is_some_and(|found| same_hook(found, chain.hooked) && same_rules(found, &own))
     })
 }
 
-/// Whether a chain's rules are these, as far as the kernel tells without being understood: their
-/// number, their comments and the names of their expressions.
+/// Whether a chain has these rules.
 fn same_rules(found: &ChainDump, expected: &[RuleSpec]) -> bool {
     let same = |(found, expected): (&RuleDump, &RuleSpec)| {
+        let expressions = expected.expressions.iter().zip(&found.expressions);
         found.comment.as_deref() == expected.comment
-            && found
-                .expressions
-                .iter()
-                .eq(expected.expressions.iter().map(crate::netlink::Expression::name))
+            && found.expressions.len() == expected.expressions.len()
+            && expressions.into_iter().all(|(expected, found)| expected.is_listed_as(found))
     };
     found.rules.len() == expected.len() && found.rules.iter().zip(expected).all(same)
+}
+
+/// Whether a chain is attached there, and lets through what no rule decides about.
+fn same_hook(found: &ChainDump, expected: Option<Hooked>) -> bool {
+    found.hooked
+        == expected.map(|hooked| HookDump {
+            kind: hooked.kind.name().to_owned(),
+            hook: hooked.hook as u32,
+            priority: hooked.priority,
+            policy: 1, // NF_ACCEPT
+        })
+}
+
+/// Whether a set has the types of this definition.
+fn same_types(found: &SetDump, expected: &netlink::Set<'_>) -> bool {
+    let data_type = expected.data.map_or(0, SetData::kind);
+    (found.flags, found.key_type, found.data_type)
+        == (expected.flags(), expected.key_type, data_type)
 }
 
 fn same_data(value: &Value, data: Option<&Data>) -> bool {

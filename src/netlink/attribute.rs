@@ -63,13 +63,28 @@ pub fn close(out: &mut [u8], start: usize) {
 
 /// The attributes in `bytes` with their types. Stops at the first that is cut short.
 pub fn iter(bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+    with_flags(bytes).map(|(kind, value)| (kind & TYPE_MASK, value))
+}
+
+fn with_flags(bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     let mut rest = bytes;
     std::iter::from_fn(move || {
         let length = usize::from(u16::from_ne_bytes(rest.get(..2)?.try_into().ok()?));
-        let kind = u16::from_ne_bytes(rest.get(2..4)?.try_into().ok()?) & TYPE_MASK;
+        let kind = u16::from_ne_bytes(rest.get(2..4)?.try_into().ok()?);
         let value = rest.get(HEADER..length)?;
         rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
         Some((kind, value))
+    })
+}
+
+/// Whether all attributes that were `written` here are among those `listed`, with the same values.
+/// The kernel lists what it was not told, too, and does not always mark nests as such.
+pub fn are_among(written: &[u8], listed: &[u8]) -> bool {
+    with_flags(written).all(|(kind, value)| {
+        find(listed, kind & TYPE_MASK).is_some_and(|listed| match kind & NESTED {
+            0 => value == listed,
+            _ => are_among(value, listed),
+        })
     })
 }
 
@@ -114,6 +129,30 @@ mod tests {
         assert_eq!(string(find(nested, 3).unwrap()), "lo");
         assert_eq!(find(nested, 4).unwrap(), [1, 2, 3, 4, 5]);
         assert_eq!(u64_of(find(&out, 5).unwrap()), Some(u64::MAX));
+    }
+
+    #[test]
+    fn what_is_listed_may_say_more() {
+        let write = |rule: &str, more: bool, nested: u16| {
+            let mut out = Vec::new();
+            if more {
+                put_u32(&mut out, 9, 1);
+            }
+            let start = open(&mut out, 2);
+            put_str(&mut out, 3, rule);
+            if more {
+                put_u32(&mut out, 9, 2);
+            }
+            close(&mut out, start);
+            out[start + 2..start + 4].copy_from_slice(&(2 | nested).to_ne_bytes());
+            out
+        };
+        let written = write("drop", false, NESTED);
+        assert!(are_among(&written, &written));
+        assert!(are_among(&written, &write("drop", true, 0)));
+        assert!(!are_among(&write("drop", true, NESTED), &written));
+        assert!(!are_among(&written, &write("accept", true, 0)));
+        assert!(!are_among(&written, &[]));
     }
 
     #[test]

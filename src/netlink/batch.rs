@@ -185,22 +185,16 @@ impl Batch {
         self.next_set_id += 1;
         let subject = Subject::Set(set.name.to_owned());
         self.make(NFT_MSG_NEWSET, NLM_F_CREATE | NLM_F_EXCL, subject, |out| {
-            let mut flags = 0;
-            flags |= if set.interval { 0x4 } else { 0 }; // NFT_SET_INTERVAL
-            flags |= if set.data.is_some() { 0x8 } else { 0 }; // NFT_SET_MAP
-            flags |= if set.timeout { 0x10 } else { 0 }; // NFT_SET_TIMEOUT
             put_str(out, 1, &table); // NFTA_SET_TABLE
             put_str(out, 2, set.name); // NFTA_SET_NAME
-            put_u32(out, 3, flags); // NFTA_SET_FLAGS
+            put_u32(out, 3, set.flags()); // NFTA_SET_FLAGS
             put_u32(out, 4, set.key_type); // NFTA_SET_KEY_TYPE
             put_u32(out, 5, set.key_length); // NFTA_SET_KEY_LEN
-            match set.data {
-                Some(SetData::Value { kind, length }) => {
-                    put_u32(out, 6, kind); // NFTA_SET_DATA_TYPE
-                    put_u32(out, 7, length); // NFTA_SET_DATA_LEN
-                }
-                Some(SetData::Verdict) => put_u32(out, 6, 0xffff_ff00), // NFT_DATA_VERDICT
-                None => {}
+            if let Some(data) = set.data {
+                put_u32(out, 6, data.kind()); // NFTA_SET_DATA_TYPE
+            }
+            if let Some(SetData::Value { length, .. }) = set.data {
+                put_u32(out, 7, length); // NFTA_SET_DATA_LEN
             }
             put_u32(out, 10, id); // NFTA_SET_ID
             if let Some(comment) = set.comment {

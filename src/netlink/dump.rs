@@ -9,7 +9,7 @@ use super::batch::{
     NFT_MSG_NEWTABLE, SUBSYSTEM, begin_message, end_message,
 };
 use super::error::Error;
-use super::expression::{Data, LIST_ELEM};
+use super::expression::{Data, EXPR_DATA, EXPR_NAME, LIST_ELEM};
 use super::object::TableFlags;
 use super::socket::{ListError, Socket};
 
@@ -54,8 +54,23 @@ pub struct TableDump {
 pub struct ChainDump {
     /// Its comment.
     pub comment: Option<String>,
+    /// Where it is attached; `None` for a chain that others jump to.
+    pub hooked: Option<HookDump>,
     /// Its rules, in their order.
     pub rules: Vec<RuleDump>,
+}
+
+/// Where a base chain is attached.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct HookDump {
+    /// The kernel's name of the kind: `filter`, `nat`, `route`.
+    pub kind: String,
+    /// `enum nf_inet_hooks`.
+    pub hook: u32,
+    /// The place among the hook's chains.
+    pub priority: i32,
+    /// What happens to packets that no rule decided about: `NF_DROP` (0) or `NF_ACCEPT` (1).
+    pub policy: u32,
 }
 
 /// A rule.
@@ -63,8 +78,17 @@ pub struct ChainDump {
 pub struct RuleDump {
     /// Its comment.
     pub comment: Option<String>,
-    /// The names of its expressions.
-    pub expressions: Vec<String>,
+    /// Its expressions, in their order.
+    pub expressions: Vec<ExpressionDump>,
+}
+
+/// An expression, to be compared by [`super::Expression::is_listed_as`].
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ExpressionDump {
+    /// The kernel's name of its type.
+    pub name: String,
+    /// Its attributes, as the kernel lists them.
+    pub(super) data: Vec<u8>,
 }
 
 /// A set or a map.
@@ -209,7 +233,8 @@ impl Socket {
         self.list_kind(request, NFT_MSG_NEWCHAIN, |attributes| {
             // NFTA_CHAIN_TABLE, NFTA_CHAIN_NAME, NFTA_CHAIN_USERDATA
             if text(attributes, 1) == table {
-                let chain = ChainDump { comment: comment(attributes, 12, 0), rules: Vec::new() };
+                let comment = comment(attributes, 12, 0);
+                let chain = ChainDump { comment, hooked: hooked(attributes), rules: Vec::new() };
                 dump.chains.insert(text(attributes, 3), chain);
             }
         })
@@ -223,7 +248,7 @@ impl Socket {
             let expressions = find(attributes, 4).unwrap_or_default();
             chain.rules.push(RuleDump {
                 comment: comment(attributes, 7, 0),
-                expressions: iter(expressions).map(|(_, expression)| text(expression, 1)).collect(),
+                expressions: iter(expressions).map(|(_, listed)| expression(listed)).collect(),
             });
         })
     }
@@ -363,6 +388,21 @@ fn join_intervals(elements: &mut [ElementDump], mut ends: Vec<Vec<u8>>) {
         while ends.next_if(|end| *end <= element.key).is_some() {}
         element.end = ends.next();
     }
+}
+
+fn hooked(chain: &[u8]) -> Option<HookDump> {
+    let hook = find(chain, 4)?; // NFTA_CHAIN_HOOK
+    Some(HookDump {
+        kind: text(chain, 7),                    // NFTA_CHAIN_TYPE
+        hook: number(hook, 1),                   // NFTA_HOOK_HOOKNUM
+        priority: number(hook, 2).cast_signed(), // NFTA_HOOK_PRIORITY
+        policy: number(chain, 5),                // NFTA_CHAIN_POLICY
+    })
+}
+
+fn expression(attributes: &[u8]) -> ExpressionDump {
+    let data = find(attributes, EXPR_DATA).unwrap_or_default().to_vec();
+    ExpressionDump { name: text(attributes, EXPR_NAME), data }
 }
 
 fn has_duplicates(elements: &[ElementDump]) -> bool {

@@ -3,13 +3,14 @@
 //! Every variant quotes the nft syntax it stands for. Registers and attribute numbers follow
 //! `include/uapi/linux/netfilter/nf_tables.h`.
 
-use super::attribute::{nest, put, put_str, put_u16, put_u32, put_u64};
+use super::attribute::{are_among, nest, put, put_str, put_u16, put_u32, put_u64};
+use super::dump::ExpressionDump;
 use crate::model::Family;
 
 /// `NFTA_LIST_ELEM`.
 pub(super) const LIST_ELEM: u16 = 1;
-const EXPR_NAME: u16 = 1;
-const EXPR_DATA: u16 = 2;
+pub(super) const EXPR_NAME: u16 = 1;
+pub(super) const EXPR_DATA: u16 = 2;
 const DATA_VALUE: u16 = 1;
 const DATA_VERDICT: u16 = 2;
 const VERDICT_CODE: u16 = 1;
@@ -276,6 +277,16 @@ impl Expression {
         }
     }
 
+    /// Whether a listed expression is this one, as far as it was written here; what a counter has
+    /// counted does not matter.
+    pub fn is_listed_as(&self, listed: &ExpressionDump) -> bool {
+        let mut data = Vec::new();
+        if *self != Expression::Counter {
+            self.encode_data(&mut data);
+        }
+        self.name() == listed.name && are_among(&data, &listed.data)
+    }
+
     /// Appends the expression as an element of a list (`NFTA_LIST_ELEM`).
     pub(super) fn encode(&self, out: &mut Vec<u8>) {
         nest(out, LIST_ELEM, |out| {
@@ -356,7 +367,6 @@ impl Expression {
             }
             Expression::RejectTcpReset => {
                 put_u32(out, 1, 1); // NFTA_REJECT_TYPE: NFT_REJECT_TCP_RST
-                put(out, 2, &[0]); // NFTA_REJECT_ICMP_CODE, which has no meaning here
             }
             Expression::Counter => {
                 put_u64(out, 1, 0); // NFTA_COUNTER_BYTES

@@ -20,7 +20,7 @@ mod socket;
 
 pub use batch::{Batch, Encoded, Tag, shorten as shorten_comment};
 pub use conntrack::Flow;
-pub use dump::{ChainDump, ElementDump, RuleDump, SetDump, TableDump};
+pub use dump::{ChainDump, ElementDump, ExpressionDump, HookDump, RuleDump, SetDump, TableDump};
 pub use error::{Error, Refusal, Subject};
 pub use expression::{
     CmpOp, CtKey, Data, Expression, LimitUnit, MetaKey, NatKind, PayloadBase, Register, Verdict,

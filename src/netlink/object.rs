@@ -135,6 +135,27 @@ pub enum SetData {
     Verdict,
 }
 
+impl Set<'_> {
+    /// `enum nft_set_flags`.
+    pub fn flags(&self) -> u32 {
+        let mut flags = 0;
+        flags |= if self.interval { 0x4 } else { 0 }; // NFT_SET_INTERVAL
+        flags |= if self.data.is_some() { 0x8 } else { 0 }; // NFT_SET_MAP
+        flags |= if self.timeout { 0x10 } else { 0 }; // NFT_SET_TIMEOUT
+        flags
+    }
+}
+
+impl SetData {
+    /// nft's type of the data; of a verdict it is `NFT_DATA_VERDICT`.
+    pub fn kind(self) -> u32 {
+        match self {
+            SetData::Value { kind, .. } => kind,
+            SetData::Verdict => 0xffff_ff00,
+        }
+    }
+}
+
 /// An element to add or to delete.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Element<'a> {

@@ -89,7 +89,10 @@ fn what_was_written_is_dumped() -> Result<()> {
     let rules: Vec<_> = chain
         .rules
         .iter()
-        .map(|rule| (rule.expressions.join(" "), rule.comment.as_deref()))
+        .map(|rule| {
+            let names: Vec<&str> = rule.expressions.iter().map(|e| &*e.name).collect();
+            (names.join(" "), rule.comment.as_deref())
+        })
         .collect();
     assert_eq!(rules, [("counter".into(), None), ("counter immediate".into(), Some("a rule"))]);
 
