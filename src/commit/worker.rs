@@ -322,7 +322,9 @@ impl Worker {
         let mut free = 0;
         match found {
             Some(found) => {
-                if self.flags == TableFlags::OWNED && found.flags() == TableFlags::ORPHANED {
+                if self.flags == TableFlags::OWNED {
+                    // Also if there is nothing else to do and the table has an owner: if that is
+                    // somebody else, the kernel says so now.
                     batch.add_table(self.flags, None);
                     free = batch.operations();
                 }
