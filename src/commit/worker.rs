@@ -256,7 +256,7 @@ impl Worker {
                 subjects.iter().filter(|s| !self.refused.contains_key(s)).collect();
             let dump = self.dump()?;
             let present = dump.is_some();
-            let found = dump.and_then(Found::new);
+            let found = dump.and_then(Found::new).filter(|found| self.keeps(found.flags()));
             let mut targets: Vec<Target> = subjects
                 .into_iter()
                 .map(|subject| {
@@ -291,6 +291,24 @@ impl Worker {
             }
         }
         Err(Error::Interrupted)
+    }
+
+    /// Whether a table with these flags can be kept. A plain one cannot be given an owner, but as
+    /// long as this kernel knows owners, another one with an owner can take its place.
+    fn keeps(&mut self, flags: TableFlags) -> bool {
+        if self.flags == TableFlags::OWNED && flags == TableFlags::NONE && !self.knows_owners() {
+            self.flags = TableFlags::NONE;
+        }
+        self.flags == TableFlags::NONE || flags != TableFlags::NONE
+    }
+
+    /// Whether the kernel knows tables with owners; told by one that goes with the transaction that
+    /// makes it.
+    fn knows_owners(&mut self) -> bool {
+        let mut batch = Batch::new("portcullis-probe");
+        batch.add_table(TableFlags::OWNED, None);
+        batch.delete_table();
+        self.send(batch).is_ok()
     }
 
     /// Lists the table, knowing which endpoints it should have.
