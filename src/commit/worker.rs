@@ -111,10 +111,8 @@ impl Worker {
             self.desired.set(&service, Some(plan));
         }
         let adoption = self.resync().map_err(|error| CommitError::Kernel(Arc::new(error)))?;
-        let services: BTreeSet<Subject> =
-            self.desired.services().cloned().map(Subject::Service).collect();
-        for subject in services {
-            self.report(subject);
+        for subject in self.subjects() {
+            self.report(&subject);
         }
         Ok(adoption)
     }
@@ -134,14 +132,14 @@ impl Worker {
                 }
             }
         }
-        self.commit_subjects(touched)
+        self.commit_subjects(&touched)
     }
 
     /// Tries once more what the kernel refused before.
     pub fn retry_refused(&mut self) {
         let subjects: BTreeSet<Subject> = self.refused.keys().cloned().collect();
         if !subjects.is_empty() {
-            self.commit_subjects(subjects);
+            self.commit_subjects(&subjects);
         }
     }
 
@@ -150,7 +148,7 @@ impl Worker {
         self.revoker.finish();
     }
 
-    fn commit_subjects(&mut self, subjects: BTreeSet<Subject>) -> Refused {
+    fn commit_subjects(&mut self, subjects: &BTreeSet<Subject>) -> Refused {
         let mut refused = Refused::new();
         let targets = subjects
             .iter()
@@ -162,17 +160,30 @@ impl Worker {
                 (subject.clone(), contribution)
             })
             .collect();
+        let before: BTreeSet<Subject> = self.refused.keys().cloned().collect();
         let mut revoked = Vec::new();
         self.commit_targets(targets, &mut refused, &mut revoked, Surprise::Resync);
         self.revoker.sweep(revoked, self.node_addresses());
+        refused.retain(|subject, _| subjects.contains(subject));
         for subject in subjects {
-            match refused.get(&subject) {
+            match refused.get(subject) {
                 Some(error) => self.refused.insert(subject.clone(), error.clone()),
-                None => self.refused.remove(&subject),
+                None => self.refused.remove(subject),
             };
+        }
+        // Who was not touched is refused now, or no longer, if the table was taken over anew.
+        let now: BTreeSet<Subject> = self.refused.keys().cloned().collect();
+        let others: BTreeSet<Subject> = before.symmetric_difference(&now).cloned().collect();
+        for subject in subjects.union(&others) {
             self.report(subject);
         }
         refused
+    }
+
+    /// Everybody who asks for something.
+    fn subjects(&self) -> BTreeSet<Subject> {
+        let services = self.desired.services().cloned().map(Subject::Service);
+        services.chain(std::iter::once(Subject::Node)).collect()
     }
 
     /// The contribution that `subject` shall have.
@@ -425,8 +436,8 @@ impl Worker {
         }
     }
 
-    fn report(&mut self, subject: Subject) {
-        let diagnostics = match &subject {
+    fn report(&mut self, subject: &Subject) {
+        let diagnostics = match subject {
             Subject::Node => Vec::new(),
             Subject::Service(service) => self
                 .desired
@@ -434,8 +445,8 @@ impl Worker {
                 .map(|plan| plan.diagnostics.clone())
                 .unwrap_or_default(),
         };
-        let refused = self.refused.get(&subject).cloned();
-        (self.report)(Report { subject, refused, diagnostics });
+        let refused = self.refused.get(subject).cloned();
+        (self.report)(Report { subject: subject.clone(), refused, diagnostics });
     }
 }
 
