@@ -176,6 +176,9 @@ impl Found {
     }
 }
 
+/// The tag of what everybody shares: nobody in particular is to blame for it.
+pub(super) const LAYOUT: Tag = Tag::MAX;
+
 /// Writes the table into `batch` as if there were none; `found` says whether there is one to be
 /// deleted in the same transaction.
 pub(super) fn lay_out(
@@ -184,6 +187,7 @@ pub(super) fn lay_out(
     contributions: &[(Subject, Option<Contribution>)],
     batch: &mut Batch,
 ) {
+    batch.set_tag(LAYOUT);
     if found {
         batch.delete_table();
     }

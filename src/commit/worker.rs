@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use ipnet::IpNet;
 
-use super::adopt::{Found, lay_out};
+use super::adopt::{Found, LAYOUT, lay_out};
 use super::applied::{Applied, Step};
 use super::revoke::{self, Revocation, Revoker};
 use super::{Adoption, Change, CommitError, Report, Totals};
@@ -29,6 +29,10 @@ type Target = (Subject, Option<Contribution>);
 /// thirds of the time go into looking through a row of tables that wait to become one
 /// (`rhashtable_insert_slow`).
 const FIRST_PART: usize = 500;
+
+/// How often a table is listed anew because it is not as it was just listed, before somebody is
+/// blamed for that.
+const SURPRISES: usize = 5;
 
 /// Who was refused, and why.
 pub type Refused = BTreeMap<Subject, CommitError>;
@@ -253,16 +257,19 @@ impl Worker {
     /// Lists the table and makes it what is desired, whatever it holds. Subjects that the kernel
     /// refuses are left out, and what it held of them goes.
     fn resync(&mut self) -> Result<Adoption, Error> {
-        self.refused.clear();
-        let subjects: BTreeSet<Subject> = self
-            .desired
-            .services()
-            .cloned()
-            .map(Subject::Service)
-            .chain(std::iter::once(Subject::Node))
-            .collect();
-        // Each round leaves somebody out, or ends.
-        for _ in 0..=subjects.len() {
+        let before = std::mem::take(&mut self.refused);
+        let result = self.try_resync();
+        if result.is_err() {
+            self.refused = before;
+        }
+        result
+    }
+
+    fn try_resync(&mut self) -> Result<Adoption, Error> {
+        let subjects = self.subjects();
+        let mut surprises = 0;
+        // Each round leaves somebody out, is one of few, or is the last.
+        for _ in 0..=subjects.len() + SURPRISES {
             let subjects: Vec<&Subject> =
                 subjects.iter().filter(|s| !self.refused.contains_key(s)).collect();
             let dump = self.dump()?;
@@ -286,6 +293,14 @@ impl Worker {
             if self.flags != TableFlags::NONE && is_unknown_flag(&error) {
                 // Linux before 6.9: a plain table, which others can change.
                 self.flags = TableFlags::NONE;
+                continue;
+            }
+            if is_about_layout(&error) {
+                return Err(error);
+            }
+            if surprises < SURPRISES && is_surprise(&error) {
+                // Somebody changed the table since it was listed.
+                surprises += 1;
                 continue;
             }
             match split(targets, &error) {
@@ -468,7 +483,11 @@ enum Surprise {
 /// Whether an error means that the table is not as it was left, or may not be.
 fn is_surprise(error: &Error) -> bool {
     let surprising = |refusal: &Refusal| {
-        matches!(refusal.error.raw_os_error(), Some(nix::libc::ENOENT | nix::libc::EEXIST))
+        // Something is gone, or there already, or used by somebody else.
+        matches!(
+            refusal.error.raw_os_error(),
+            Some(nix::libc::ENOENT | nix::libc::EEXIST | nix::libc::EBUSY)
+        )
     };
     match error {
         // What follows the first may be its consequence: what leads to a chain that was refused
@@ -489,6 +508,15 @@ fn is_unknown_flag(error: &Error) -> bool {
             )
     };
     matches!(error, Error::Refused(refusals) if refusals.iter().any(unknown))
+}
+
+/// Whether the kernel refuses what everybody shares, for lack of a module or of place.
+fn is_about_layout(error: &Error) -> bool {
+    // The table itself may be gone, or somebody else's.
+    let shared = |refusal: &Refusal| {
+        refusal.tag == Some(LAYOUT) && !matches!(refusal.subject, netlink::Subject::Table(_))
+    };
+    matches!(error, Error::Refused(refusals) if refusals.iter().any(shared))
 }
 
 /// Whether the kernel does not let this process change the table at all.
