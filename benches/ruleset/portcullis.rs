@@ -200,7 +200,9 @@ impl Measured {
 
     fn note(&mut self, before: Totals, outcome: &mut Outcome) -> Result<()> {
         let after = self.worker.totals();
-        outcome.kernel_seconds.push((after.kernel_time - before.kernel_time).as_secs_f64());
+        outcome
+            .kernel_seconds
+            .push(after.kernel_time.saturating_sub(before.kernel_time).as_secs_f64());
         outcome.operations.push(after.operations - before.operations);
         outcome.bytes.push(after.bytes - before.bytes);
         let refusals = self.refusals.lock().expect("nobody panics with it");

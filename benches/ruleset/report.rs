@@ -101,7 +101,7 @@ fn bars(out: &mut String, all: &[Measurement]) {
     };
     let peak = load(100_000, 10, 0)
         .and_then(|m| m.outcome.peak_kib.iter().max())
-        .map(|kib| as_f64(*kib as usize) / 1024.0);
+        .map(|kib| as_f64(usize::try_from(*kib).unwrap_or(usize::MAX)) / 1024.0);
     let writes = all
         .iter()
         .filter(|m| m.what == What::Restart)
@@ -188,7 +188,13 @@ fn cold_loads(out: &mut String, all: &[Measurement]) {
                 median(&outcome.kernel_seconds),
                 thousands(outcome.operations.first().copied().unwrap_or_default()),
                 bytes(outcome.bytes.first().copied().unwrap_or_default()),
-                bytes(outcome.peak_kib.iter().max().map_or(0, |kib| *kib as usize * 1024)),
+                bytes(
+                    outcome
+                        .peak_kib
+                        .iter()
+                        .max()
+                        .map_or(0, |kib| usize::try_from(kib * 1024).unwrap_or(usize::MAX)),
+                ),
                 ratio(load, ours),
             ],
         );

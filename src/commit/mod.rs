@@ -189,6 +189,8 @@ fn run(mut worker: Worker, queue: &mpsc::Receiver<Request>) {
         }
         commit(&mut worker, &mut changes, &mut waiting);
     }
+    // A daemon that ends owes what it revoked: the next one finds nothing to write.
+    worker.finish_revocations();
 }
 
 type Waiting = Vec<(Subject, oneshot::Sender<Result<(), CommitError>>)>;

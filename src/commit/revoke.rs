@@ -15,7 +15,7 @@ use ipnet::IpNet;
 
 use crate::model::{Family, Protocol};
 use crate::netlink::{Error, Flow, Socket};
-use crate::plan::{Firewall, Frontend, ServicePlan, Sources};
+use crate::plan::{Firewall, ServicePlan, Sources};
 use crate::ruleset::Contribution;
 
 /// A node port whose firewall lets in less than before.
@@ -78,10 +78,13 @@ pub fn revocations(old: Option<&Contribution>, new: Option<&Contribution>) -> Ve
     else {
         return Vec::new();
     };
+    if old.and_then(|old| old.firewall.as_ref()) == Some(firewall) {
+        return Vec::new();
+    }
     let sources = Arc::new(firewall.sources.clone());
     let narrowed = firewall.node_ports.iter().filter(|port| {
         let (protocol, port) = (port.protocol, port.port);
-        old.is_some_and(|old| lets_in_more(old, protocol, port, &firewall.sources))
+        old.is_none_or(|old| lets_in_more(old, protocol, port, &firewall.sources))
     });
     narrowed
         .map(|port| Revocation {
@@ -105,16 +108,14 @@ pub fn all(firewall: &Firewall) -> Vec<Revocation> {
         .collect()
 }
 
-/// Whether `plan` lets somebody connect to the port whom `sources` does not.
+/// Whether `plan` lets somebody connect to the port whom `sources` does not, or does not have the
+/// port, so that nobody knows who connected to it before.
 fn lets_in_more(plan: &ServicePlan, protocol: Protocol, port: u16, sources: &Sources) -> bool {
-    let served = plan.pools.iter().any(|pool| {
-        pool.protocol == protocol && pool.frontends.contains(&Frontend::NodePort { port })
-    });
     let restricted = plan.firewall.as_ref().filter(|firewall| {
         firewall.node_ports.iter().any(|own| (own.protocol, own.port) == (protocol, port))
     });
     match (restricted.map(|firewall| &firewall.sources), sources) {
-        (None, _) => served,
+        (None, _) => true,
         (Some(Sources::Closed), _) => false,
         (Some(Sources::Allow(before)), Sources::Closed) => !before.is_empty(),
         (Some(Sources::Allow(before)), Sources::Allow(now)) => !now.covers(before),

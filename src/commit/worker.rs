@@ -382,9 +382,8 @@ impl Worker {
         {
             return Err((error, targets));
         }
-        if operations > 0 {
-            self.revoker.sweep(all_restrictions(&targets).collect(), self.node_addresses());
-        }
+        // Whatever there was to write: a daemon that was killed may have left open what it revoked.
+        self.revoker.sweep(all_restrictions(&targets).collect(), self.node_addresses());
         self.applied = Applied::new(targets);
         Ok(Adoption { found: present, replaced, operations })
     }

@@ -111,8 +111,15 @@ impl CidrSet {
     /// Whether everyone in `other` is in this list too.
     pub fn covers(&self, other: &CidrSet) -> bool {
         // Both lists are aggregated, so a CIDR is covered when a single one of ours holds it.
-        other.v4.iter().all(|net| self.v4.iter().any(|ours| ours.contains(net)))
-            && other.v6.iter().all(|net| self.v6.iter().any(|ours| ours.contains(net)))
+        let covered4 = |net: &Ipv4Net| {
+            let behind = self.v4.partition_point(|ours| ours.network() <= net.network());
+            behind > 0 && self.v4[behind - 1].contains(net)
+        };
+        let covered6 = |net: &Ipv6Net| {
+            let behind = self.v6.partition_point(|ours| ours.network() <= net.network());
+            behind > 0 && self.v6[behind - 1].contains(net)
+        };
+        other.v4.iter().all(covered4) && other.v6.iter().all(covered6)
     }
 
     fn contains_v4(&self, address: Ipv4Addr) -> bool {

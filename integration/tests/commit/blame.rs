@@ -163,7 +163,8 @@ fn no_service_is_blamed_for_the_layout() -> Result<()> {
     let Some(machine) = Machine::new()? else { return Ok(()) };
     // As many as one hook has place for (MAX_HOOK_COUNT).
     let hook = "type filter hook prerouting priority 0;";
-    let chains: String = (0..1024).map(|n| format!("chain c{n} {{ {hook} }};")).collect();
+    let chains: Vec<String> = (0..1024).map(|n| format!("chain c{n} {{ {hook} }};")).collect();
+    let chains = chains.concat();
     machine.nft(&format!("table inet full {{ {chains} }}"))?;
     let services: Vec<Sketch> = (1..=50).map(|number| web(number, &[number])).collect();
     let mut daemon = machine.daemon()?;
