@@ -274,7 +274,13 @@ fn restarts(out: &mut String, all: &[Measurement]) {
                 median(&outcome.seconds),
                 spread(&outcome.seconds),
                 range(&outcome.operations),
-                bytes(outcome.peak_kib.iter().max().map_or(0, |kib| *kib as usize * 1024)),
+                bytes(
+                    outcome
+                        .peak_kib
+                        .iter()
+                        .max()
+                        .map_or(0, |kib| usize::try_from(kib * 1024).unwrap_or(usize::MAX)),
+                ),
             ],
         );
     }

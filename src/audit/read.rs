@@ -15,7 +15,7 @@ use super::nft::{Error, Listing, documents, entry, flags};
 use super::plain;
 use super::print;
 use super::table::{Element, Rule, Set, Table};
-use crate::ruleset::TABLE;
+use crate::ruleset::{TABLE, address_text};
 
 /// What the kernel holds, as nft lists it.
 #[derive(Clone, Debug, Default)]
@@ -328,7 +328,7 @@ fn field(expression: &Expression, kind: &str) -> String {
         Expression::Number(number) => number.to_string(),
         // The C library writes some IPv6 addresses differently.
         Expression::String(text) if matches!(kind, "ipv4_addr" | "ipv6_addr") => {
-            text.parse::<IpAddr>().map_or_else(|_| text.to_string(), |address| address.to_string())
+            text.parse::<IpAddr>().map_or_else(|_| text.to_string(), address_text)
         }
         Expression::String(text) => text.to_string(),
         Expression::Named(NamedExpression::Prefix(prefix)) => {

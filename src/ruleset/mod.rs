@@ -24,7 +24,7 @@ pub use firewall::{FirewallChain, REFUSED_LOG_GROUP};
 pub use rule::RuleSpec;
 pub use sets::{Field, SetData, SetName, SetSpec};
 pub use text::{Listing, render};
-pub(crate) use text::{key_text, value_text};
+pub(crate) use text::{address_text, key_text, value_text};
 
 /// The one table, of the `inet` family.
 pub const TABLE: &str = "portcullis";

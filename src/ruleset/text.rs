@@ -223,7 +223,7 @@ fn address(family: Family, value: &[u8]) -> IpAddr {
 
 /// An address as nft prints it, which is how glibc's `inet_ntop` does: like Rust, but with the last
 /// four bytes as IPv4 where exactly the twelve before them are zero (`::192.0.2.1`).
-fn address_text(address: IpAddr) -> String {
+pub(crate) fn address_text(address: IpAddr) -> String {
     match address {
         IpAddr::V6(v6) if v6.segments()[..6] == [0; 6] && v6.segments()[6] != 0 => {
             let [.., a, b, c, d] = v6.octets();
