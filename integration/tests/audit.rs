@@ -405,13 +405,21 @@ fn nft_program() -> OsString {
     std::env::var_os("NFT").unwrap_or_else(|| "nft".into())
 }
 
-/// Feeds `script` to nft.
+/// Feeds `script` to nft. A child of another test that was forked a moment ago may still hold the
+/// socket that owns the table, until it has become its program; so this tries for a while.
 fn nft(script: &str) {
-    let mut command = Command::new(nft_program());
-    command.args(["-f", "-"]).stdin(Stdio::piped());
-    let mut child = command.spawn().expect("nft is installed");
-    child.stdin.take().unwrap().write_all(script.as_bytes()).unwrap();
-    assert!(child.wait().unwrap().success(), "{script}");
+    let done = (0..50).any(|_| {
+        let mut command = Command::new(nft_program());
+        command.args(["-f", "-"]).stdin(Stdio::piped());
+        let mut child = command.spawn().expect("nft is installed");
+        child.stdin.take().unwrap().write_all(script.as_bytes()).unwrap();
+        let success = child.wait().unwrap().success();
+        if !success {
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+        success
+    });
+    assert!(done, "{script}");
 }
 
 /// The handle of the rule of `chain` whose listed line contains `text`.
