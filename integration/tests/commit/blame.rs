@@ -171,7 +171,8 @@ fn no_service_is_blamed_for_the_layout() -> Result<()> {
     let error = daemon.adopt(&services).err().context("the kernel took it")?;
     ensure!(errno(&error) == Some(Errno::E2BIG as i32), "{error:?}");
     ensure!(error.to_string().contains("chain firewall-prerouting"), "{error}");
-    ensure!(daemon.worker.totals().transactions == 1, "{:?}", daemon.worker.totals());
+    // Only what succeeded is counted: nothing was tried without some Service.
+    ensure!(daemon.worker.totals().transactions == 0, "{:?}", daemon.worker.totals());
     // The same daemon succeeds as soon as there is place.
     machine.nft("delete table inet full")?;
     daemon.adopt(&services)?;
