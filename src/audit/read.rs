@@ -363,7 +363,7 @@ mod tests {
             (&["ipv4_addr"], None, r#"{"prefix": {"addr": "10.0.0.0", "len": 8}}"#, "10.0.0.0/8"),
             (&["ipv4_addr"], None, r#"{"range": ["10.0.0.1", "10.0.0.9"]}"#, "10.0.0.1-10.0.0.9"),
             // The C library writes the last 32 bits as an IPv4 address.
-            (&["ipv6_addr"], None, r#""::1.2.3.4""#, "::102:304"),
+            (&["ipv6_addr"], None, r#""::1.2.3.4""#, "::1.2.3.4"),
             (&["ipv6_addr"], None, r#"{"prefix": {"addr": "::", "len": 0}}"#, "::/0"),
             (SERVICE, None, r#"{"concat": ["10.0.0.1", "tcp", 80]}"#, "10.0.0.1 . tcp . 80"),
             (SERVICE, None, r#"{"concat": ["10.0.0.1", 132, 80]}"#, "10.0.0.1 . sctp . 80"),
