@@ -75,6 +75,8 @@ pub struct Adoption {
 pub struct Totals {
     /// Their number.
     pub transactions: usize,
+    /// The number of those that did not succeed, and cost nothing of the rest.
+    pub refused: usize,
     /// Elements, chains, rules and sets written or deleted.
     pub operations: usize,
     /// Bytes handed to the kernel.

@@ -435,7 +435,7 @@ impl Worker {
         let operations = batch.operations();
         let transaction = batch.finish();
         let begun = Instant::now();
-        self.socket.commit_encoded(&transaction)?;
+        self.socket.commit_encoded(&transaction).inspect_err(|_| self.totals.refused += 1)?;
         self.totals.transactions += 1;
         self.totals.operations += operations;
         self.totals.bytes += transaction.size();
