@@ -4,33 +4,37 @@
 //! would keep what it has open. After the transaction that takes the permission away, the
 //! connections that would not be let in any more are deleted from connection tracking; their next
 //! packet is a first packet again and is refused.
+//!
+//! Listing the connections takes time, in which the firewall may change again. So what is looked
+//! for is a list of ports, and what decides about each connection is the firewall that is in force
+//! at that moment.
 
-use std::collections::HashMap;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::Duration;
 
 use ipnet::IpNet;
 
-use crate::model::{Family, Protocol};
+use crate::model::Family;
 use crate::netlink::{Error, Flow, Socket};
 use crate::plan::{Firewall, ServicePlan, Sources};
 use crate::ruleset::Contribution;
 
-/// A node port whose firewall lets in less than before.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Revocation {
-    protocol: Protocol,
-    port: u16,
-    sources: Arc<Sources>,
-}
+/// A node port whose open connections are to be looked at: protocol number and port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Revocation(u8, u16);
 
 /// What a thread of its own does, so that a long connection table holds up no commit.
 #[derive(Debug)]
 pub struct Revoker {
     work: mpsc::Sender<Work>,
+    in_force: Arc<Mutex<InForce>>,
 }
+
+/// Whose firewall each node port has, as of the last transaction. Node ports that everybody may
+/// reach are not in it.
+type InForce = HashMap<Revocation, Arc<ServicePlan>>;
 
 #[derive(Debug)]
 enum Work {
@@ -49,12 +53,33 @@ impl Revoker {
     /// Starts the thread; it ends when the `Revoker` is dropped.
     pub fn start() -> Revoker {
         let (work, queue) = mpsc::channel();
+        let in_force = Arc::<Mutex<InForce>>::default();
+        let seen = Arc::clone(&in_force);
         let thread = std::thread::Builder::new().name("revoker".to_owned());
-        thread.spawn(move || run(&queue)).expect("a thread can be started");
-        Revoker { work }
+        thread.spawn(move || run(&queue, &seen)).expect("a thread can be started");
+        Revoker { work, in_force }
     }
 
-    /// Deletes the connections that `revocations` forbid, soon.
+    /// Takes what a transaction put in force: contributions that went, and those that came.
+    pub fn settle<'a>(
+        &self,
+        gone: impl IntoIterator<Item = &'a Contribution>,
+        come: impl IntoIterator<Item = &'a Contribution>,
+    ) {
+        let mut in_force = lock(&self.in_force);
+        // A port may go from one to another.
+        for contribution in gone {
+            for port in firewall(contribution).into_iter().flat_map(all) {
+                in_force.remove(&port);
+            }
+        }
+        for plan in come.into_iter().filter_map(Contribution::plan) {
+            let ports = plan.firewall.iter().flat_map(all);
+            in_force.extend(ports.map(|port| (port, Arc::clone(plan))));
+        }
+    }
+
+    /// Deletes the connections to these ports that the firewall in force forbids, soon.
     pub fn sweep(&self, revocations: Vec<Revocation>, node_addresses: Vec<IpNet>) {
         if !revocations.is_empty() {
             // The thread ends only after this end of the channel.
@@ -71,86 +96,62 @@ impl Revoker {
     }
 }
 
-/// The node ports of a Service whose firewall lets in less after a change than before.
+/// The node ports of a Service whose firewall lets in less after a change than before, and those
+/// that had none of this Service: who may have connected to them is not known.
 pub fn revocations(old: Option<&Contribution>, new: Option<&Contribution>) -> Vec<Revocation> {
-    let old = old.and_then(Contribution::plan);
-    let Some(firewall) = new.and_then(Contribution::plan).and_then(|plan| plan.firewall.as_ref())
-    else {
-        return Vec::new();
-    };
-    if old.and_then(|old| old.firewall.as_ref()) == Some(firewall) {
+    let old = old.and_then(firewall);
+    let Some(new) = new.and_then(firewall) else { return Vec::new() };
+    if old == Some(new) {
         return Vec::new();
     }
-    let sources = Arc::new(firewall.sources.clone());
-    let narrowed = firewall.node_ports.iter().filter(|port| {
-        let (protocol, port) = (port.protocol, port.port);
-        old.is_none_or(|old| lets_in_more(old, protocol, port, &firewall.sources))
-    });
-    narrowed
-        .map(|port| Revocation {
-            protocol: port.protocol,
-            port: port.port,
-            sources: Arc::clone(&sources),
-        })
-        .collect()
+    let narrowed = |port: &Revocation| {
+        let before = old.filter(|old| all(old).any(|own| own == *port));
+        before.is_none_or(|before| lets_in_less(&new.sources, &before.sources))
+    };
+    all(new).filter(narrowed).collect()
 }
 
 /// All ports of a firewall whose past is not known.
-pub fn all(firewall: &Firewall) -> Vec<Revocation> {
-    let sources = Arc::new(firewall.sources.clone());
-    let ports = firewall.node_ports.iter();
-    ports
-        .map(|port| Revocation {
-            protocol: port.protocol,
-            port: port.port,
-            sources: Arc::clone(&sources),
-        })
-        .collect()
+pub fn all(firewall: &Firewall) -> impl Iterator<Item = Revocation> + '_ {
+    firewall.node_ports.iter().map(|port| Revocation(port.protocol.number(), port.port))
 }
 
-/// Whether `plan` lets somebody connect to the port whom `sources` does not, or does not have the
-/// port, so that nobody knows who connected to it before.
-fn lets_in_more(plan: &ServicePlan, protocol: Protocol, port: u16, sources: &Sources) -> bool {
-    let restricted = plan.firewall.as_ref().filter(|firewall| {
-        firewall.node_ports.iter().any(|own| (own.protocol, own.port) == (protocol, port))
-    });
-    match (restricted.map(|firewall| &firewall.sources), sources) {
-        (None, _) => true,
-        (Some(Sources::Closed), _) => false,
-        (Some(Sources::Allow(before)), Sources::Closed) => !before.is_empty(),
-        (Some(Sources::Allow(before)), Sources::Allow(now)) => !now.covers(before),
+/// Whether somebody may connect by `before` who may not by `now`.
+fn lets_in_less(now: &Sources, before: &Sources) -> bool {
+    match (now, before) {
+        (_, Sources::Closed) => false,
+        (Sources::Closed, Sources::Allow(before)) => !before.is_empty(),
+        (Sources::Allow(now), Sources::Allow(before)) => !now.covers(before),
     }
 }
 
-fn run(queue: &mpsc::Receiver<Work>) {
+fn firewall(contribution: &Contribution) -> Option<&Firewall> {
+    contribution.plan()?.firewall.as_ref()
+}
+
+fn lock(in_force: &Mutex<InForce>) -> MutexGuard<'_, InForce> {
+    // Whoever panicked, the map is whole: it is changed by single operations.
+    in_force.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn run(queue: &mpsc::Receiver<Work>, in_force: &Mutex<InForce>) {
     while let Ok(first) = queue.recv() {
         let mut barriers = Vec::new();
-        let mut sources: HashMap<(u8, u16), Arc<Sources>> = HashMap::new();
+        let mut ports = HashSet::new();
         let mut addresses = Vec::new();
         for work in std::iter::once(first).chain(queue.try_iter()) {
             match work {
                 Work::Sweep(revocations, node_addresses) => {
-                    // The last word about a port counts.
-                    sources.extend(
-                        revocations.into_iter().map(|r| ((r.protocol.number(), r.port), r.sources)),
-                    );
+                    ports.extend(revocations);
                     addresses = node_addresses;
                 }
                 Work::Barrier(done) => barriers.push(done),
             }
         }
-        if !sources.is_empty() {
-            for _ in 0..2 {
-                match sweep(&sources, &addresses) {
-                    Ok(0) => {}
-                    Ok(count) => tracing::info!(count, "deleted connections of revoked sources"),
-                    Err(error) => tracing::error!(
-                        error = &error as &dyn std::error::Error,
-                        "connections of revoked sources may live on: connection tracking failed",
-                    ),
-                }
-                std::thread::sleep(STRAGGLERS);
-            }
+        if !ports.is_empty() {
+            report(sweep(&ports, &addresses, in_force));
+            std::thread::sleep(STRAGGLERS);
+            report(sweep(&ports, &addresses, in_force));
         }
         for done in barriers {
             // Who waited may be gone.
@@ -159,19 +160,34 @@ fn run(queue: &mpsc::Receiver<Work>) {
     }
 }
 
+fn report(result: Result<usize, Error>) {
+    match result {
+        Ok(0) => {}
+        Ok(count) => tracing::info!(count, "deleted connections of revoked sources"),
+        Err(error) => tracing::error!(
+            error = &error as &dyn std::error::Error,
+            "connections of revoked sources may live on: connection tracking failed",
+        ),
+    }
+}
+
 fn sweep(
-    sources: &HashMap<(u8, u16), Arc<Sources>>,
+    ports: &HashSet<Revocation>,
     node_addresses: &[IpNet],
+    in_force: &Mutex<InForce>,
 ) -> Result<usize, Error> {
     // The node's own connections are exempt from the firewall.
     let own = own_addresses();
     let doomed = |flow: &Flow| {
+        let port = Revocation(flow.protocol, flow.destination_port);
         flow.translated
-            && sources
-                .get(&(flow.protocol, flow.destination_port))
-                .is_some_and(|sources| !sources.contains(flow.source))
+            && ports.contains(&port)
             && node_addresses.iter().any(|cidr| cidr.contains(&flow.destination))
             && !own.contains(&flow.source)
+            && lock(in_force)
+                .get(&port)
+                .and_then(|plan| plan.firewall.as_ref())
+                .is_some_and(|firewall| !firewall.sources.contains(flow.source))
     };
     let mut socket = Socket::open()?;
     let mut deleted = 0;

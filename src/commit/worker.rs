@@ -251,6 +251,11 @@ impl Worker {
         for (subject, next) in step.changes() {
             revoked.extend(revoke::revocations(self.applied.contribution(subject), next.as_ref()));
         }
+        let changes = step.changes();
+        self.revoker.settle(
+            changes.iter().filter_map(|(subject, _)| self.applied.contribution(subject)),
+            changes.iter().filter_map(|(_, next)| next.as_ref()),
+        );
         self.applied.install(step);
     }
 
@@ -382,6 +387,8 @@ impl Worker {
         {
             return Err((error, targets));
         }
+        let come = targets.iter().filter_map(|(_, contribution)| contribution.as_ref());
+        self.revoker.settle(self.applied.contributions(), come);
         // Whatever there was to write: a daemon that was killed may have left open what it revoked.
         self.revoker.sweep(all_restrictions(&targets).collect(), self.node_addresses());
         self.applied = Applied::new(targets);
@@ -421,7 +428,6 @@ impl Worker {
         let before = self.totals.operations;
         let (mut refused, mut revoked) = (Refused::new(), Vec::new());
         for part in parts {
-            revoked.extend(all_restrictions(&part));
             self.commit_targets(part, &mut refused, &mut revoked, Surprise::Refuse);
         }
         self.revoker.sweep(revoked, self.node_addresses());
