@@ -1,6 +1,5 @@
 //! Kernels without owners of tables: somebody changes the table while a daemon lives.
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -153,35 +152,30 @@ fn nobody_is_blamed_for_what_somebody_else_does_meanwhile() -> Result<()> {
     let Some(machine) = Machine::new()? else { return Ok(()) };
     drop(plain(&machine)?);
     let mut socket = machine.namespace.enter(Socket::open)?;
-    let ended = AtomicBool::new(false);
-    thread::scope(|scope| -> Result<()> {
-        let writing = scope.spawn(|| {
-            let element = Element::key(&[10, 96, 0, 99]);
-            while !ended.load(Ordering::SeqCst) {
-                for add in [true, false] {
-                    let mut batch = Batch::new(TABLE);
-                    if add {
-                        batch.add_element("cluster-ips4", &element);
-                    } else {
-                        batch.delete_element("cluster-ips4", &element);
-                    }
-                    // The daemon may have been faster.
-                    let _ = socket.commit(batch);
-                    thread::sleep(Duration::from_micros(1500));
+    let mut write = |add: bool| {
+        let element = Element::key(&[10, 96, 0, 99]);
+        let mut batch = Batch::new(TABLE);
+        if add {
+            batch.add_element("cluster-ips4", &element);
+        } else {
+            batch.delete_element("cluster-ips4", &element);
+        }
+        // The daemon may have been faster.
+        let _ = socket.commit(batch);
+    };
+    for round in 0..60 {
+        let mut daemon = machine.daemon_without_owner()?;
+        thread::scope(|scope| {
+            // Fewer changes than the daemon is patient, at another moment in each round.
+            scope.spawn(|| {
+                for add in [true, false, true, false] {
+                    write(add);
+                    thread::sleep(Duration::from_micros(200 + 40 * round));
                 }
-            }
-        });
-        let adopt = || -> Result<()> {
-            for _ in 0..40 {
-                let mut daemon = machine.daemon_without_owner()?;
-                daemon.adopt(&services())?;
-                ensure!(!daemon.worker.has_refused(), "{:?}", daemon.worker);
-            }
-            Ok(())
-        };
-        let result = adopt();
-        ended.store(true, Ordering::SeqCst);
-        writing.join().expect("the writer does not panic");
-        result
-    })
+            });
+            daemon.adopt(&services())
+        })?;
+        ensure!(!daemon.worker.has_refused(), "{:?}", daemon.worker);
+    }
+    Ok(())
 }
