@@ -57,12 +57,12 @@ pub(super) struct Problem {
 pub(super) fn parse(text: &str, syntax: Syntax) -> Parsed {
     let mut reader = Reader::default();
     let read = match syntax {
-        Syntax::Yaml => {
-            serde_saphyr::with_deserializer_from_str_with_options(text, yaml(text), |document| {
-                Root(&mut reader).deserialize(document)
-            })
-            .map_err(|error| yaml_problem(&error))
-        }
+        Syntax::Yaml => serde_saphyr::with_deserializer_from_str_with_options(
+            text,
+            yaml(text.len()),
+            |document| Root(&mut reader).deserialize(document),
+        )
+        .map_err(|error| yaml_problem(&error)),
         Syntax::Json => {
             let mut document = serde_json::Deserializer::from_str(text);
             Root(&mut reader)
@@ -76,7 +76,7 @@ pub(super) fn parse(text: &str, syntax: Syntax) -> Parsed {
         return Parsed { objects: Vec::new(), problems: vec![problem] };
     }
     let Reader { objects, findings } = reader;
-    let lines = if findings.is_empty() { None } else { Lines::of(text, yaml(text)) };
+    let lines = if findings.is_empty() { None } else { Lines::of(text, yaml(MOST_LINES)) };
     let total = findings.len();
     let mut problems: Vec<Problem> = findings
         .into_iter()
@@ -104,18 +104,21 @@ pub(super) fn parse(text: &str, syntax: Syntax) -> Parsed {
 /// How many problems of one document are told.
 const MOST_PROBLEMS: usize = 100;
 
-/// Limits that no manifest comes near and that keep a hostile one from taking all memory. They
-/// grow with the text, because a list of all objects of a cluster is one document. Its depth is
-/// bounded by the stack: 64 levels take some 150 KiB of it, and 2 MiB in a build without
-/// optimization.
-fn yaml(text: &str) -> serde_saphyr::Options {
+/// The largest document, in fields and elements, of which lines are told. They all stand in memory
+/// at once.
+const MOST_LINES: usize = 500_000;
+
+/// Options for a document of at most so many fields and elements: for a list of all objects of a
+/// cluster that may be as many as it has bytes. Its depth is bounded by the stack: 64 levels take
+/// some 150 KiB of it, and 2 MiB in a build without optimization.
+fn yaml(size: usize) -> serde_saphyr::Options {
     serde_saphyr::options! {
         budget: serde_saphyr::budget! {
             max_depth: 64,
             flow_nesting_limit: 64,
-            max_events: text.len().max(1_000_000),
-            max_nodes: text.len().max(1_000_000),
-            max_total_scalar_bytes: text.len().max(64 << 20),
+            max_events: size.max(1000).saturating_mul(2),
+            max_nodes: size.max(1000),
+            max_total_scalar_bytes: size.max(64 << 20),
         },
         // `on` and `y` are strings, as in YAML 1.2.
         strict_booleans: true,
@@ -388,6 +391,14 @@ mod tests {
             let parsed = parse(&text, Syntax::Json);
             assert_eq!((parsed.objects.len(), parsed.problems.len()), (0, 1));
         }
+        let wide = "- {a: 1}\n".repeat(400_000);
+        let parsed = parse(&format!("apiVersion: v1\nkind: Service\nspec:\n{wide}"), Syntax::Yaml);
+        assert!(parsed.problems[0].message.contains("more than 500000 fields"));
+        // Of many objects, each may have as many.
+        let field = format!("labels: [{}]", "1, ".repeat(1000));
+        let item = format!("- {{apiVersion: v1, kind: ConfigMap, {field}}}\n");
+        let list = format!("kind: List\napiVersion: v1\nitems:\n{}", item.repeat(600));
+        assert_eq!(parse(&list, Syntax::Yaml).problems, []);
         let deep = format!(r#"{{"kind": "Service", "spec": {}"#, "[".repeat(100_000));
         assert!(parse(&deep, Syntax::Json).failed());
     }

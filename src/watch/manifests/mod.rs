@@ -17,6 +17,7 @@ mod follow;
 mod motion;
 mod reader;
 mod split;
+mod value;
 
 use std::io;
 use std::path::{Path, PathBuf};

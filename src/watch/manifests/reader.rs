@@ -10,6 +10,7 @@ use serde_json::Value;
 
 use super::document::{Lowered, Object};
 use super::field::FieldPath;
+use super::value::{Bounded, MOST_FIELDS};
 use crate::model::{ObjectKind, ObjectRef, Severity};
 use crate::watch::lower::{self, Relevance};
 
@@ -273,13 +274,14 @@ impl<'de> Visitor<'de> for Root<'_> {
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
         let mut fields = serde_json::Map::new();
         let mut items = Reader::default();
+        let mut left = MOST_FIELDS;
         while let Some(key) = map.next_key::<String>()? {
             if key == "items" {
                 let list = fields.get("kind").and_then(Value::as_str);
                 map.next_value_seed(Items { reader: &mut items, list })?;
                 fields.insert(key, Value::Null);
             } else if FIELDS_OF_OURS.contains(&key.as_str()) {
-                fields.insert(key, map.next_value()?);
+                fields.insert(key, map.next_value_seed(Bounded { left: &mut left })?);
             } else {
                 // Only told to be unknown, or part of a kind that is not read.
                 map.next_value::<IgnoredAny>()?;
@@ -327,7 +329,8 @@ impl<'de> Visitor<'de> for Items<'_> {
     fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<(), A::Error> {
         let at = FieldPath::default().key("items");
         let mut index = 0;
-        while let Some(value) = seq.next_element()? {
+        // Each object may be as large as one that stands alone.
+        while let Some(value) = seq.next_element_seed(Bounded { left: &mut MOST_FIELDS.clone() })? {
             self.reader.item(&at.index(index), value, self.list.unwrap_or_default());
             index += 1;
         }
