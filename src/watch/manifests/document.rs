@@ -76,11 +76,10 @@ pub(super) fn parse(text: &str, syntax: Syntax) -> Parsed {
         return Parsed { objects: Vec::new(), problems: vec![problem] };
     }
     let Reader { objects, findings } = reader;
-    let lines = if findings.is_empty() { None } else { Lines::of(text, yaml(MOST_LINES)) };
-    let total = findings.len();
+    let lines = if findings.told.is_empty() { None } else { Lines::of(text, yaml(MOST_LINES)) };
     let mut problems: Vec<Problem> = findings
+        .told
         .into_iter()
-        .take(MOST_PROBLEMS)
         .map(|finding| Problem {
             severity: finding.severity,
             object: finding.object,
@@ -89,20 +88,17 @@ pub(super) fn parse(text: &str, syntax: Syntax) -> Parsed {
             message: finding.message,
         })
         .collect();
-    if total > MOST_PROBLEMS {
+    if findings.untold > 0 {
         problems.push(Problem {
-            severity: Severity::Error,
+            severity: if findings.untold_error { Severity::Error } else { Severity::Warning },
             object: None,
             line: None,
             field: String::new(),
-            message: format!("{} more problems, not listed", total - MOST_PROBLEMS),
+            message: format!("{} more problems, not listed", findings.untold),
         });
     }
     Parsed { objects, problems }
 }
-
-/// How many problems of one document are told.
-const MOST_PROBLEMS: usize = 100;
 
 /// The largest document, in fields and elements, of which lines are told. They all stand in memory
 /// at once.
@@ -165,6 +161,7 @@ fn json_problem(error: &serde_json::Error) -> Problem {
 
 #[cfg(test)]
 mod tests {
+    use super::super::reader::MOST_PROBLEMS;
     use super::*;
 
     fn names(parsed: &Parsed) -> Vec<String> {
@@ -405,9 +402,18 @@ mod tests {
 
     #[test]
     fn many_problems_are_bounded() {
-        let items = "- {}\n".repeat(MOST_PROBLEMS + 7);
-        let parsed = parse(&format!("apiVersion: v1\nkind: List\nitems:\n{items}"), Syntax::Yaml);
+        let list = |item: &str, count| {
+            let list = "apiVersion: v1\nkind: List\nitems:\n".to_owned() + &item.repeat(count);
+            parse(&list, Syntax::Yaml)
+        };
+        let parsed = list("- {}\n", MOST_PROBLEMS + 7);
         assert_eq!(parsed.problems.len(), MOST_PROBLEMS + 1);
         assert_eq!(parsed.problems[MOST_PROBLEMS].message, "7 more problems, not listed");
+        assert!(parsed.failed());
+        // Many warnings are no error.
+        let item = "- {apiVersion: v1, kind: Node, metadata: {name: a}, x: 1}\n";
+        let parsed = list(item, MOST_PROBLEMS + 7);
+        assert_eq!(parsed.problems.len(), MOST_PROBLEMS + 1);
+        assert!(!parsed.failed());
     }
 }

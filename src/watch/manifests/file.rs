@@ -12,7 +12,7 @@ use std::time::{Duration, SystemTime};
 use xxhash_rust::xxh64::xxh64;
 
 use super::document::{Object, Parsed, Problem, parse};
-use super::split::{Syntax, split};
+use super::split::{MOST_DOCUMENTS, Syntax, split};
 use crate::model::{ObjectRef, Severity};
 
 /// A manifest file as it was last read.
@@ -148,7 +148,12 @@ impl File {
     fn parse(&mut self, text: &str, syntax: Syntax) -> Refreshed {
         let known: HashMap<Digest, &Arc<Parsed>> =
             self.documents.iter().map(|document| (document.text, &document.parsed)).collect();
-        let documents: Vec<Document> = split(text, syntax)
+        let chunks = split(text, syntax);
+        if chunks.len() > MOST_DOCUMENTS {
+            let message = format!("more than {MOST_DOCUMENTS} documents, and not read; split it");
+            return self.fail(None, message);
+        }
+        let documents: Vec<Document> = chunks
             .into_iter()
             .map(|chunk| {
                 let digest = Digest::of(chunk.text);

@@ -18,7 +18,36 @@ use crate::watch::lower::{self, Relevance};
 #[derive(Default)]
 pub(super) struct Reader {
     pub(super) objects: Vec<Arc<Object>>,
-    pub(super) findings: Vec<Finding>,
+    pub(super) findings: Findings,
+}
+
+/// What is wrong with a document: the first problems, and how many more there are.
+#[derive(Default)]
+pub(super) struct Findings {
+    pub(super) told: Vec<Finding>,
+    pub(super) untold: usize,
+    /// Whether one of those is an error.
+    pub(super) untold_error: bool,
+}
+
+/// How many problems of one document are told.
+pub(super) const MOST_PROBLEMS: usize = 100;
+
+impl Findings {
+    fn push(&mut self, finding: Finding) {
+        if self.told.len() < MOST_PROBLEMS {
+            self.told.push(finding);
+        } else {
+            self.untold += 1;
+            self.untold_error |= finding.severity == Severity::Error;
+        }
+    }
+
+    fn append(&mut self, other: Findings) {
+        other.told.into_iter().for_each(|finding| self.push(finding));
+        self.untold += other.untold;
+        self.untold_error |= other.untold_error;
+    }
 }
 
 /// Something that is wrong with a field.
@@ -294,7 +323,7 @@ impl<'de> Visitor<'de> for Root<'_> {
         self.0.object(&FieldPath::default(), Value::Object(fields));
         if counts {
             self.0.objects.append(&mut items.objects);
-            self.0.findings.append(&mut items.findings);
+            self.0.findings.append(items.findings);
         }
         Ok(())
     }
