@@ -30,7 +30,7 @@ pub(super) struct Findings {
     pub(super) untold_error: bool,
 }
 
-/// How many problems of one document are told.
+/// How many problems of one document are told, and of one file.
 pub(super) const MOST_PROBLEMS: usize = 100;
 
 impl Findings {

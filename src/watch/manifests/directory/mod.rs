@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use super::document::{Lowered, Problem};
 use super::file::{Document, File, Refreshed};
+use super::reader::MOST_PROBLEMS;
 use super::{Error, LARGEST_FILE};
 use crate::model::{Diagnostic, Node, ObjectKind, ObjectRef, ServiceName, Severity, SliceName};
 use crate::watch::{Index, Options};
@@ -101,8 +102,10 @@ impl Directory {
         let mut diagnostics = Vec::new();
         for (name, file) in &self.files {
             let shown = self.shown(name);
-            let problems = file.problems();
-            diagnostics.extend(problems.map(|(at, problem)| told(&shown, file, at, problem)));
+            let mut problems = file.problems();
+            let first = problems.by_ref().take(MOST_PROBLEMS);
+            diagnostics.extend(first.map(|(at, problem)| told(&shown, file, at, problem)));
+            diagnostics.extend(untold(problems).map(|rest| told(&shown, file, None, &rest)));
             for (object, document) in file.repeated() {
                 let first = file.objects().get(object).map_or(0, |held| held.document);
                 diagnostics.push(defined_again(object, (&shown, *document), (&shown, first)));
@@ -253,6 +256,23 @@ fn told(shown: &str, file: &File, at: Option<&Document>, problem: &Problem) -> D
         severity: problem.severity,
         message: format!("{place}{colon}{}{outcome}", problem.message),
     }
+}
+
+/// The problems that are not told one by one, as one.
+fn untold<'a>(
+    problems: impl Iterator<Item = (Option<&'a Document>, &'a Problem)>,
+) -> Option<Problem> {
+    let (count, severity) = problems
+        .fold((0, Severity::Warning), |(count, worst), (_, problem)| {
+            (count + 1, worst.min(problem.severity))
+        });
+    (count > 0).then(|| Problem {
+        severity,
+        object: None,
+        line: None,
+        field: String::new(),
+        message: format!("{count} more problems, not listed"),
+    })
 }
 
 /// `object` stands in two places, each a file and the number of a document.

@@ -270,6 +270,21 @@ fn files_that_cannot_be_read_are_said() {
     assert_eq!(place.scan(), ["a"]);
 }
 
+#[test]
+fn many_problems_of_a_file_are_bounded() {
+    let mut place = Place::new();
+    place.write("a.yaml", "nonsense\n---\n".repeat(MOST_PROBLEMS + 7));
+    place.scan();
+    let found = place.diagnostics();
+    assert_eq!(found.len(), MOST_PROBLEMS + 1);
+    assert_eq!(found[0], "error: File a.yaml: 7 more problems, not listed; not in force");
+    let warning = "apiVersion: v1\nkind: Node\nmetadata: {name: n}\nx: 1\n---\n";
+    place.write("a.yaml", warning.repeat(MOST_PROBLEMS + 7));
+    place.scan();
+    let found = place.diagnostics();
+    assert!(found.contains(&"warning: File a.yaml: 7 more problems, not listed".to_owned()));
+}
+
 /// The kubelet swaps the link `..data` from one directory to another.
 #[test]
 fn follows_the_links_of_a_config_map() {
