@@ -51,7 +51,8 @@ pub struct Service {
     pub name: ServiceName,
     /// `metadata.creationTimestamp` in seconds since the epoch; 0 where a manifest has none.
     pub created: i64,
-    /// `spec.clusterIPs`: at most one address of each family, at least one in all.
+    /// `spec.clusterIPs`: at most one address of each family. At least one in all, unless none of
+    /// the object's can be used; then there are no ports either.
     pub cluster_ips: Vec<IpAddr>,
     /// `spec.ports`, in their order.
     pub ports: Vec<ServicePort>,
