@@ -7,6 +7,7 @@ use super::applied::{
     Applied, add_balancer, add_element, add_firewall, add_rule, delete_element, delete_firewall,
     tag,
 };
+use super::listing::{Endpoints, Listing, backend, is_ours, with_slot, without_slot};
 use crate::model::{Backend, Family};
 use crate::netlink::{
     self, Batch, ChainDump, Data, ElementDump, HookDump, Hooked, RuleDump, SetData, SetDump,
@@ -21,7 +22,9 @@ use crate::ruleset::{
 /// What the kernel holds, in our terms.
 #[derive(Debug, Default)]
 pub(super) struct Found {
+    /// All elements but those in `endpoints`.
     elements: HashMap<ElementKey, (Option<Data>, Option<String>)>,
+    endpoints: Endpoints,
     /// Chains of the table by name.
     chains: BTreeMap<String, ChainDump>,
     /// Sets of allowed sources, by name.
@@ -32,14 +35,12 @@ pub(super) struct Found {
 impl Found {
     /// Understands a listing. `None` if the table is another version's or somebody has changed
     /// more than elements: then it must be laid out anew.
-    pub fn new(dump: TableDump) -> Option<Found> {
-        // A table can be put to sleep (`NFT_TABLE_F_DORMANT`): then it does nothing.
-        let strange = dump.flags.0 & !TableFlags::OWNED.0 != 0;
-        let layout = dump.comment.as_deref() == Some(&layout_comment());
-        if strange || !layout || !base_chains_are_ours(&dump) {
+    pub fn new(listing: Listing) -> Option<Found> {
+        let Listing { table: dump, endpoints } = listing;
+        if !is_ours(&dump) || !base_chains_are_ours(&dump) {
             return None;
         }
-        let mut found = Found { flags: dump.flags, ..Found::default() };
+        let mut found = Found { flags: dump.flags, endpoints, ..Found::default() };
         let fixed: HashMap<String, SetName> =
             SetName::fixed().into_iter().map(|set| (set.name().into_owned(), set)).collect();
         if !fixed.keys().all(|name| dump.sets.contains_key(name)) {
@@ -96,6 +97,10 @@ impl Found {
     /// The backends of `pool` in the order of their slots, as one of its frontends has them.
     pub fn slots_of(&self, pool: &Pool) -> Option<Vec<Backend>> {
         let frontend = pool.frontends.first()?;
+        let (address, _) = without_slot(&endpoint_key(pool, frontend, 0))?;
+        if let Some(slots) = self.endpoints.get(&address) {
+            return slots.iter().copied().collect();
+        }
         let slots: Vec<Backend> = (0..)
             .map_while(|slot| match self.elements.get(&endpoint_key(pool, frontend, slot))? {
                 (Some(Data::Value(value)), _) => backend(pool.family, value),
@@ -107,7 +112,7 @@ impl Found {
 
     /// Writes into `batch` what makes the kernel hold exactly these contributions.
     pub fn stage(mut self, contributions: &[(Subject, Option<Contribution>)], batch: &mut Batch) {
-        let mut hairpins: BTreeSet<IpAddr> = BTreeSet::new();
+        let mut hairpins: BTreeMap<IpAddr, usize> = BTreeMap::new();
         for (index, (_, contribution)) in contributions.iter().enumerate() {
             let Some(contribution) = contribution else { continue };
             batch.set_tag(tag(index));
@@ -117,7 +122,7 @@ impl Found {
                 add_firewall(batch, &firewall);
             }
             contribution.elements(|element| self.element(&element, batch));
-            hairpins.extend(contribution.hairpins());
+            hairpins.extend(contribution.hairpins().into_iter().map(|address| (address, index)));
         }
         let needed: BTreeMap<Balancer, usize> = contributions
             .iter()
@@ -132,14 +137,23 @@ impl Found {
                 add_balancer(batch, *balancer);
             }
         }
-        for address in hairpins {
+        for (address, index) in hairpins {
+            batch.set_tag(tag(index));
             self.element(&hairpin_element(address), batch);
         }
+        batch.set_tag(LAYOUT);
         self.delete_the_rest(batch);
     }
 
     /// Takes an element off what was found, or writes it.
     fn element(&mut self, element: &Element, batch: &mut Batch) {
+        if let Some(held) = self.endpoint(&element.key).and_then(Option::take) {
+            if !is_backend(element, &held) {
+                delete_element(batch, &element.key);
+                add_element(batch, element);
+            }
+            return;
+        }
         match self.elements.remove(&element.key) {
             Some((data, comment)) => {
                 if !same_data(&element.value, data.as_ref())
@@ -152,6 +166,12 @@ impl Found {
             }
             None => add_element(batch, element),
         }
+    }
+
+    /// The endpoint with this key, if it was read by its slot.
+    fn endpoint(&mut self, key: &ElementKey) -> Option<&mut Option<Backend>> {
+        let (address, slot) = without_slot(key)?;
+        self.endpoints.get_mut(&address)?.get_mut(slot)
     }
 
     fn delete_the_rest(self, batch: &mut Batch) {
@@ -167,6 +187,11 @@ impl Found {
         }
         for key in self.elements.keys().filter(|key| !going.contains(&key.set)) {
             delete_element(batch, key);
+        }
+        for ((map, address), slots) in &self.endpoints {
+            for (slot, _) in slots.iter().enumerate().filter(|(_, backend)| backend.is_some()) {
+                delete_element(batch, &with_slot(map, address, slot));
+            }
         }
     }
 
@@ -257,8 +282,15 @@ fn same_data(value: &Value, data: Option<&Data>) -> bool {
     }
 }
 
+/// Whether an element leads to this backend and says nothing besides.
+fn is_backend(element: &Element, held: &Backend) -> bool {
+    let Value::Endpoint(bytes) = &element.value else { return false };
+    let family = Family::of(held.address);
+    element.comment.is_none() && backend(family, bytes.as_slice()).as_ref() == Some(held)
+}
+
 /// The balancing chain with this name.
-fn balancer(name: &str) -> Option<Balancer> {
+pub(super) fn balancer(name: &str) -> Option<Balancer> {
     use crate::ruleset::FrontendKind::{NodePort, ServiceIp};
     let (head, endpoints) = name.split_once("-over-")?;
     let endpoints = endpoints.parse().ok().filter(|endpoints| *endpoints > 0)?;
@@ -288,12 +320,4 @@ fn allow_set(name: &str) -> Option<SetName> {
 fn service(name: &str) -> Option<crate::model::ServiceName> {
     let (namespace, name) = name.split_once('/')?;
     Some(crate::model::ServiceName::new(namespace, name))
-}
-
-fn backend(family: Family, value: &[u8]) -> Option<Backend> {
-    let (address, port): (IpAddr, &[u8]) = match family {
-        Family::V4 => ((*value.first_chunk::<4>()?).into(), value.get(4..6)?),
-        Family::V6 => ((*value.first_chunk::<16>()?).into(), value.get(16..18)?),
-    };
-    Some(Backend { address, port: u16::from_be_bytes(port.try_into().ok()?) })
 }

@@ -8,8 +8,10 @@
 
 mod adopt;
 mod applied;
+mod blame;
 #[cfg(test)]
 mod laws;
+mod listing;
 mod revoke;
 mod worker;
 

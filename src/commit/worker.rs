@@ -3,23 +3,26 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 
 use ipnet::IpNet;
 
-use super::adopt::{Found, LAYOUT, lay_out};
+use super::adopt::{Found, lay_out};
 use super::applied::{Applied, Step};
+use super::blame::{
+    Split, is_about_layout, is_denied, is_passing, is_surprise, is_unknown_flag, split,
+};
+use super::listing;
 use super::revoke::{self, Revocation, Revoker};
 use super::{Adoption, Change, CommitError, Report, Totals};
 use crate::model::NodeContext;
-use crate::netlink::{self, Batch, Error, Refusal, Socket, TableFlags};
+use crate::netlink::{Batch, Error, Socket, TableFlags};
 use crate::plan::{Desired, ServicePlan};
-use crate::ruleset::{Contribution, SetName, Subject, TABLE, endpoint_keys};
+use crate::ruleset::{Contribution, Subject, TABLE};
 
 /// A subject and the contribution that it shall have.
-type Target = (Subject, Option<Contribution>);
+pub(super) type Target = (Subject, Option<Contribution>);
 
 /// How many subjects the first transaction of a new table takes; each one behind it doubles what
 /// is there.
@@ -45,6 +48,8 @@ pub struct Worker {
     desired: Desired,
     node: Contribution,
     applied: Applied,
+    /// Whether the table is not as `applied` has it, or may not be.
+    stale: bool,
     /// Subjects whose last commit the kernel refused: what it holds of them is older than what is
     /// desired. They are tried again with their next change or [`Worker::retry_refused`].
     refused: Refused,
@@ -72,6 +77,7 @@ impl Worker {
             desired: Desired::default(),
             node: Contribution::Node(Vec::new()),
             applied: Applied::default(),
+            stale: false,
             refused: Refused::new(),
             revoker: Revoker::start(),
             totals: Totals::default(),
@@ -153,22 +159,8 @@ impl Worker {
     }
 
     fn commit_subjects(&mut self, subjects: &BTreeSet<Subject>) -> Refused {
-        let mut refused = Refused::new();
-        let targets = subjects
-            .iter()
-            .map(|subject| {
-                let contribution = self.target(subject, |pool| {
-                    let current = self.applied.contribution(subject)?;
-                    Some(current.slots_of(pool)?.to_vec())
-                });
-                (subject.clone(), contribution)
-            })
-            .collect();
         let before: BTreeSet<Subject> = self.refused.keys().cloned().collect();
-        let mut revoked = Vec::new();
-        self.commit_targets(targets, &mut refused, &mut revoked, Surprise::Resync);
-        self.revoker.sweep(revoked, self.node_addresses());
-        refused.retain(|subject, _| subjects.contains(subject));
+        let refused = if self.stale { self.catch_up(subjects) } else { self.try_commit(subjects) };
         for subject in subjects {
             match refused.get(subject) {
                 Some(error) => self.refused.insert(subject.clone(), error.clone()),
@@ -182,6 +174,47 @@ impl Worker {
             self.report(subject);
         }
         refused
+    }
+
+    fn try_commit(&mut self, subjects: &BTreeSet<Subject>) -> Refused {
+        // Of whom the kernel misses something in a table that was just listed, it will again: that
+        // is no news of the table.
+        let known = |subject: &Subject| match self.refused.get(subject) {
+            Some(CommitError::Kernel(error)) => is_surprise(error),
+            _ => false,
+        };
+        let (again, first): (Vec<&Subject>, Vec<&Subject>) =
+            subjects.iter().partition(|subject| known(subject));
+        let (mut refused, mut revoked) = (Refused::new(), Vec::new());
+        for (part, on_surprise) in [(first, Surprise::Resync), (again, Surprise::Refuse)] {
+            let targets = part.into_iter().map(|subject| {
+                let contribution = self.target(subject, |pool| {
+                    let current = self.applied.contribution(subject)?;
+                    Some(current.slots_of(pool)?.to_vec())
+                });
+                (subject.clone(), contribution)
+            });
+            let targets = targets.collect();
+            self.commit_targets(targets, &mut refused, &mut revoked, on_surprise);
+        }
+        self.revoker.sweep(revoked, self.node_addresses());
+        refused.retain(|subject, _| subjects.contains(subject));
+        refused
+    }
+
+    /// Takes the table over, of which it is not known what it holds, and with it everything that
+    /// is desired.
+    fn catch_up(&mut self, subjects: &BTreeSet<Subject>) -> Refused {
+        match self.resync() {
+            Ok(_) => {
+                let refused = self.refused.iter().filter(|(subject, _)| subjects.contains(subject));
+                refused.map(|(subject, error)| (subject.clone(), error.clone())).collect()
+            }
+            Err(error) => {
+                let error = CommitError::Kernel(Arc::new(error));
+                subjects.iter().map(|subject| (subject.clone(), error.clone())).collect()
+            }
+        }
     }
 
     /// Everybody who asks for something.
@@ -222,6 +255,8 @@ impl Worker {
                 self.install(step, revoked);
                 continue;
             };
+            // Who may change it may have changed it.
+            self.stale |= is_denied(&error);
             if on_surprise == Surprise::Resync && is_surprise(&error) {
                 tracing::warn!(
                     error = &error as &dyn std::error::Error,
@@ -264,7 +299,8 @@ impl Worker {
     fn resync(&mut self) -> Result<Adoption, Error> {
         let before = std::mem::take(&mut self.refused);
         let result = self.try_resync();
-        if result.is_err() {
+        self.stale = result.is_err();
+        if self.stale {
             self.refused = before;
         }
         result
@@ -273,13 +309,16 @@ impl Worker {
     fn try_resync(&mut self) -> Result<Adoption, Error> {
         let subjects = self.subjects();
         let mut surprises = 0;
+        let mut anew = false;
         // Each round leaves somebody out, is one of few, or is the last.
-        for _ in 0..=subjects.len() + SURPRISES {
+        for _ in 0..=subjects.len() + SURPRISES + 2 {
             let subjects: Vec<&Subject> =
                 subjects.iter().filter(|s| !self.refused.contains_key(s)).collect();
-            let dump = self.dump()?;
-            let present = dump.is_some();
-            let found = dump.and_then(Found::new).filter(|found| self.keeps(found.flags()));
+            let listing = listing::list(&mut self.socket)?;
+            let present = listing.is_some();
+            let found = listing.and_then(Found::new).filter(|found| self.keeps(found.flags()));
+            let found = found.filter(|_| !anew);
+            let kept = found.is_some();
             let mut targets: Vec<Target> = subjects
                 .into_iter()
                 .map(|subject| {
@@ -300,13 +339,19 @@ impl Worker {
                 self.flags = TableFlags::NONE;
                 continue;
             }
-            if is_about_layout(&error) {
-                return Err(error);
-            }
-            if surprises < SURPRISES && is_surprise(&error) {
-                // Somebody changed the table since it was listed.
+            if surprises < SURPRISES && (is_surprise(&error) || is_passing(&error)) {
+                // Somebody changed the table since it was listed, or the kernel was short of
+                // memory.
                 surprises += 1;
                 continue;
+            }
+            if is_about_layout(&error) && kept {
+                // Something of an older day that the kernel does not delete by itself.
+                anew = true;
+                continue;
+            }
+            if is_about_layout(&error) || is_passing(&error) {
+                return Err(error);
             }
             match split(targets, &error) {
                 Split::Guilty(guilty, rest) if !rest.is_empty() && !is_denied(&error) => {
@@ -317,7 +362,12 @@ impl Worker {
                 Split::Guilty(..) => return Err(error),
                 Split::Halves(..) if is_denied(&error) => return Err(error),
                 Split::Halves(first, second) => {
-                    return self.resync_in_parts(present, [first, second, rest]);
+                    match self.resync_in_parts(present, [first, second, rest]) {
+                        Err(error) if surprises < SURPRISES && is_surprise(&error) => {
+                            surprises += 1;
+                        }
+                        result => return result,
+                    }
                 }
             }
         }
@@ -340,23 +390,6 @@ impl Worker {
         batch.add_table(TableFlags::OWNED, None);
         batch.delete_table();
         self.send(batch).is_ok()
-    }
-
-    /// Lists the table, knowing which endpoints it should have.
-    fn dump(&mut self) -> Result<Option<netlink::TableDump>, Error> {
-        let desired = &self.desired;
-        self.socket.dump_table_expecting(TABLE, |set| {
-            let fixed = SetName::fixed().into_iter().find(|fixed| fixed.name() == set)?;
-            if !matches!(fixed, SetName::Endpoints(_) | SetName::NodePortEndpoints(_)) {
-                return None;
-            }
-            let plans = desired.services().filter_map(|service| desired.effective(service));
-            let keys = plans.flat_map(|plan| {
-                let keys = endpoint_keys(&plan).filter(|key| key.set == fixed);
-                keys.map(|key| key.bytes.as_slice().to_vec()).collect::<Vec<_>>()
-            });
-            Some(keys.collect())
-        })
     }
 
     /// Adopts or lays out the table in one transaction.
@@ -483,86 +516,6 @@ enum Surprise {
     Resync,
     /// Treat it as any refusal, because it was just listed.
     Refuse,
-}
-
-/// Whether an error means that the table is not as it was left, or may not be.
-fn is_surprise(error: &Error) -> bool {
-    let surprising = |refusal: &Refusal| {
-        // Something is gone, or there already, or used by somebody else.
-        matches!(
-            refusal.error.raw_os_error(),
-            Some(nix::libc::ENOENT | nix::libc::EEXIST | nix::libc::EBUSY)
-        )
-    };
-    match error {
-        // What follows the first may be its consequence: what leads to a chain that was refused
-        // does not find it.
-        Error::Refused(refusals) => refusals.first().is_some_and(surprising),
-        Error::Receive(_) => true,
-        _ => false,
-    }
-}
-
-/// Whether an error comes of table flags that this kernel does not know.
-fn is_unknown_flag(error: &Error) -> bool {
-    let unknown = |refusal: &Refusal| {
-        matches!(refusal.subject, netlink::Subject::Table(_))
-            && matches!(
-                refusal.error.raw_os_error(),
-                Some(nix::libc::EOPNOTSUPP | nix::libc::EINVAL)
-            )
-    };
-    matches!(error, Error::Refused(refusals) if refusals.iter().any(unknown))
-}
-
-/// Whether the kernel refuses what everybody shares, for lack of a module or of place.
-fn is_about_layout(error: &Error) -> bool {
-    // The table itself may be gone, or somebody else's.
-    let shared = |refusal: &Refusal| {
-        refusal.tag == Some(LAYOUT) && !matches!(refusal.subject, netlink::Subject::Table(_))
-    };
-    matches!(error, Error::Refused(refusals) if refusals.iter().any(shared))
-}
-
-/// Whether the kernel does not let this process change the table at all.
-fn is_denied(error: &Error) -> bool {
-    let denied = |refusal: &Refusal| refusal.error.kind() == io::ErrorKind::PermissionDenied;
-    matches!(error, Error::Refused(refusals) if refusals.iter().any(denied))
-}
-
-enum Split {
-    /// Those at fault, and the others.
-    Guilty(Vec<Target>, Vec<Target>),
-    /// Nobody knows who is at fault.
-    Halves(Vec<Target>, Vec<Target>),
-}
-
-fn split(targets: Vec<Target>, error: &Error) -> Split {
-    let guilty: BTreeSet<usize> = match error {
-        Error::Refused(refusals) => {
-            let missing = |r: &&Refusal| r.error.kind() == io::ErrorKind::NotFound;
-            let tags = |refusals: Vec<&Refusal>| {
-                refusals.into_iter().filter_map(|r| Some(r.tag? as usize)).collect()
-            };
-            // Who only misses something may miss what another was refused.
-            let (missing, causes): (Vec<_>, Vec<_>) = refusals.iter().partition(missing);
-            tags(if causes.is_empty() { missing } else { causes })
-        }
-        _ => BTreeSet::new(),
-    };
-    if targets.len() == 1 {
-        return Split::Guilty(targets, Vec::new());
-    }
-    if guilty.is_empty() {
-        let mut first = targets;
-        let second = first.split_off(first.len() / 2);
-        return Split::Halves(first, second);
-    }
-    let (mut at_fault, mut others) = (Vec::new(), Vec::new());
-    for (index, target) in targets.into_iter().enumerate() {
-        if guilty.contains(&index) { at_fault.push(target) } else { others.push(target) }
-    }
-    Split::Guilty(at_fault, others)
 }
 
 fn refuse_all(targets: Vec<Target>, error: Error, refused: &mut Refused) {

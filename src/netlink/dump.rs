@@ -30,11 +30,9 @@ const NLM_F_ACK: u16 = 0x4;
 /// How often a listing is begun anew because the ruleset changed under it.
 const ATTEMPTS: usize = 20;
 
-/// From how many elements on asking for each is faster than listing.
-const MANY: u32 = 100_000;
-/// How many elements are asked for at once: each answer is a message of its own, and all of them
-/// wait in the receive buffer.
-const LOOKUPS: usize = 500;
+/// How many elements one request asks for by their keys: each answer is a datagram of its own, about
+/// 800 bytes of the receive buffer, of which there are at least 208 KiB (`net.core.rmem_default`).
+const KEYS_PER_REQUEST: usize = 256;
 
 /// A table with everything in it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -133,39 +131,43 @@ impl Socket {
     /// [`Error::List`] with the kernel's reason (`EPERM` without the right to list, `EOPNOTSUPP` or `EINVAL`
     /// without nf_tables), [`Error::Interrupted`] if the ruleset never stood still.
     pub fn dump_table(&mut self, table: &str) -> Result<Option<TableDump>, Error> {
-        self.dump_table_expecting(table, |_| None)
+        self.at_one_moment(|socket| socket.list_table(table, &[]))
     }
 
-    /// [`Socket::dump_table`] for a caller who knows which keys some sets should have: `expected`
-    /// gives them for the set of a name. The result is the same.
+    /// Does `list`, again if the ruleset changed meanwhile, a bounded number of times. Each listing
+    /// is of one moment, or the kernel says that it is not; that several listings are of the same
+    /// moment it does not say, but the ruleset's generation does.
     ///
-    /// The kernel walks a hash set from its beginning for every 32 KiB of a listing, so listing n
-    /// elements takes time in the order of n squared (a million: half a minute). Asking for each
-    /// key does not; if all of them are there and the set has no more elements, that is all of it.
-    pub fn dump_table_expecting(
+    /// # Errors
+    /// Those of `list`; [`Error::Interrupted`] if the ruleset never stood still.
+    pub fn at_one_moment<T>(
         &mut self,
-        table: &str,
-        mut expected: impl FnMut(&str) -> Option<Vec<Vec<u8>>>,
-    ) -> Result<Option<TableDump>, Error> {
+        mut list: impl FnMut(&mut Socket) -> Result<T, Error>,
+    ) -> Result<T, Error> {
         for _ in 0..ATTEMPTS {
-            match self.try_dump_table(table, &mut expected) {
-                Ok(dump) => return Ok(dump),
-                Err((_, ListError::Interrupted)) => {}
-                Err((_, ListError::Failed(error))) => return Err(error),
-                Err((what, ListError::Refused(source))) => {
-                    return Err(Error::List { what, source });
-                }
+            let before = self.generation()?;
+            match list(self) {
+                Ok(listed) if self.generation()? == before => return Ok(listed),
+                Ok(_) | Err(Error::Interrupted) => {}
+                Err(error) => return Err(error),
             }
         }
         Err(Error::Interrupted)
     }
 
-    fn try_dump_table(
+    /// Lists a table without the elements of the sets in `left_out`, where the kernel tells how
+    /// many they are ([`SetDump::count`]). For large sets: the kernel walks a hash set from its
+    /// beginning for every 32 KiB of a listing, so listing n elements takes time in the order of n
+    /// squared (a million: half a minute).
+    ///
+    /// # Errors
+    /// As [`Socket::dump_table`], but [`Error::Interrupted`] at once; to be called in
+    /// [`Socket::at_one_moment`].
+    pub fn list_table(
         &mut self,
         table: &str,
-        expected: &mut impl FnMut(&str) -> Option<Vec<Vec<u8>>>,
-    ) -> Result<Option<TableDump>, (&'static str, ListError)> {
-        let before = self.try_generation().map_err(|e| ("the generation of nf_tables", e))?;
+        left_out: &[&str],
+    ) -> Result<Option<TableDump>, Error> {
         let mut dump = None;
         // Not a dump, so nothing but an acknowledgement tells where the answer ends.
         let request = request(NFT_MSG_GETTABLE, NLM_F_ACK, |out| put_str(out, 1, table));
@@ -180,27 +182,16 @@ impl Socket {
             Err(ListError::Refused(error)) if error.kind() == io::ErrorKind::NotFound => {
                 return Ok(None);
             }
-            Err(error) => return Err(("nf_tables tables", error)),
+            Err(error) => return Err(error.listing("nf_tables tables")),
         }
         let Some(mut dump) = dump else { return Ok(None) };
-        self.dump_chains(table, &mut dump).map_err(|e| ("nf_tables chains", e))?;
-        self.dump_rules(table, &mut dump).map_err(|e| ("nf_tables rules", e))?;
-        self.dump_sets(table, &mut dump).map_err(|e| ("nf_tables sets", e))?;
+        self.list_chains(table, &mut dump).map_err(|e| e.listing("nf_tables chains"))?;
+        self.list_rules(table, &mut dump).map_err(|e| e.listing("nf_tables rules"))?;
+        self.list_sets(table, &mut dump).map_err(|e| e.listing("nf_tables sets"))?;
         for (name, set) in &mut dump.sets {
-            let whole = match set.count.filter(|count| *count >= MANY).and_then(|_| expected(name))
-            {
-                Some(keys) => self.look_up_all(table, name, set, &keys),
-                None => Ok(false),
-            };
-            whole
-                .and_then(|whole| if whole { Ok(()) } else { self.dump_elements(table, name, set) })
-                .map_err(|e| ("nf_tables set elements", e))?;
-        }
-        // Each listing is of one moment, or the kernel says that it is not; that all of them are of
-        // the same moment it does not say.
-        let after = self.try_generation().map_err(|e| ("the generation of nf_tables", e))?;
-        if before != after {
-            return Err(("nf_tables tables", ListError::Interrupted));
+            if set.count.is_none() || !left_out.contains(&name.as_str()) {
+                self.list_elements(table, name, set)?;
+            }
         }
         Ok(Some(dump))
     }
@@ -210,25 +201,16 @@ impl Socket {
     /// # Errors
     /// [`Error::List`] with the kernel's reason, as [`Socket::dump_table`].
     pub fn generation(&mut self) -> Result<u32, Error> {
-        self.try_generation().map_err(|error| match error {
-            ListError::Refused(source) => {
-                Error::List { what: "the generation of nf_tables", source }
-            }
-            ListError::Interrupted => Error::Interrupted,
-            ListError::Failed(error) => error,
-        })
-    }
-
-    fn try_generation(&mut self) -> Result<u32, ListError> {
         let mut generation = 0;
         let request = request(NFT_MSG_GETGEN, NLM_F_ACK, |_| {});
         self.list_kind(request, NFT_MSG_NEWGEN, |attributes| {
             generation = number(attributes, 1); // NFTA_GEN_ID
-        })?;
+        })
+        .map_err(|e| e.listing("the generation of nf_tables"))?;
         Ok(generation)
     }
 
-    fn dump_chains(&mut self, table: &str, dump: &mut TableDump) -> Result<(), ListError> {
+    fn list_chains(&mut self, table: &str, dump: &mut TableDump) -> Result<(), ListError> {
         let request = request(NFT_MSG_GETCHAIN, NLM_F_DUMP, |_| {});
         self.list_kind(request, NFT_MSG_NEWCHAIN, |attributes| {
             // NFTA_CHAIN_TABLE, NFTA_CHAIN_NAME, NFTA_CHAIN_USERDATA
@@ -240,7 +222,7 @@ impl Socket {
         })
     }
 
-    fn dump_rules(&mut self, table: &str, dump: &mut TableDump) -> Result<(), ListError> {
+    fn list_rules(&mut self, table: &str, dump: &mut TableDump) -> Result<(), ListError> {
         let request = request(NFT_MSG_GETRULE, NLM_F_DUMP, |out| put_str(out, 1, table));
         self.list_kind(request, NFT_MSG_NEWRULE, |attributes| {
             // NFTA_RULE_CHAIN, NFTA_RULE_EXPRESSIONS, NFTA_RULE_USERDATA
@@ -253,7 +235,7 @@ impl Socket {
         })
     }
 
-    fn dump_sets(&mut self, table: &str, dump: &mut TableDump) -> Result<(), ListError> {
+    fn list_sets(&mut self, table: &str, dump: &mut TableDump) -> Result<(), ListError> {
         let request = request(NFT_MSG_GETSET, NLM_F_DUMP, |out| put_str(out, 1, table));
         self.list_kind(request, NFT_MSG_NEWSET, |attributes| {
             let set = SetDump {
@@ -268,20 +250,26 @@ impl Socket {
         })
     }
 
-    /// Lists the elements of a set, again if the kernel moved them meanwhile: a hash table that has
-    /// just been filled grows in the background, and a listing, which goes on after each message
-    /// from the number of elements that it has seen, then gives some elements twice instead of
-    /// others. The kernel does not say so, but as their number is right, there is none missing
-    /// where there is none twice. Intervals are kept in a tree, which has no such trouble.
-    fn dump_elements(
+    /// Lists the elements of a set into its description, again if the kernel moved them meanwhile:
+    /// a hash table that has just been filled grows in the background, and a listing, which goes on
+    /// after each message from the number of elements that it has seen, then gives some elements
+    /// twice instead of others. The kernel does not say so, but as their number is right, there is
+    /// none missing where there is none twice. Intervals are kept in a tree, which has no such
+    /// trouble.
+    ///
+    /// # Errors
+    /// As [`Socket::list_table`].
+    pub fn list_elements(
         &mut self,
         table: &str,
         name: &str,
         set: &mut SetDump,
-    ) -> Result<(), ListError> {
+    ) -> Result<(), Error> {
         let interval = set.flags & 0x4 != 0; // NFT_SET_INTERVAL
         for _ in 0..ATTEMPTS {
-            let (mut elements, ends) = self.try_dump_elements(table, name, interval)?;
+            let (mut elements, ends) = self
+                .try_list_elements(table, name, interval)
+                .map_err(|e| e.listing("nf_tables set elements"))?;
             if interval {
                 join_intervals(&mut elements, ends);
             } else if has_duplicates(&elements) {
@@ -290,11 +278,11 @@ impl Socket {
             set.elements = elements;
             return Ok(());
         }
-        Err(ListError::Interrupted)
+        Err(Error::Interrupted)
     }
 
     /// Lists the elements of a set, and the keys at which intervals end.
-    fn try_dump_elements(
+    fn try_list_elements(
         &mut self,
         table: &str,
         name: &str,
@@ -320,47 +308,64 @@ impl Socket {
         Ok((elements, ends))
     }
 
-    /// Reads the elements with these keys. Gives whether they are all of the set; if not, the
-    /// set's elements stay empty.
-    fn look_up_all(
+    /// Reads the elements of a set that have these keys and hands them to `each` in that order; those
+    /// that are not there are left out.
+    ///
+    /// # Errors
+    /// As [`Socket::list_table`].
+    pub fn read_elements(
         &mut self,
         table: &str,
-        name: &str,
-        set: &mut SetDump,
-        keys: &[Vec<u8>],
-    ) -> Result<bool, ListError> {
-        if set.count.map(|count| count as usize) != Some(keys.len()) {
-            return Ok(false);
-        }
-        let mut elements = Vec::with_capacity(keys.len());
-        for keys in keys.chunks(LOOKUPS) {
-            let request = request(NFT_MSG_GETSETELEM, NLM_F_ACK, |out| {
-                put_str(out, 1, table); // NFTA_SET_ELEM_LIST_TABLE
-                put_str(out, 2, name); // NFTA_SET_ELEM_LIST_SET
-                nest(out, 3, |out| {
-                    for key in keys {
-                        // NFTA_SET_ELEM_KEY, NFTA_DATA_VALUE
-                        nest(out, LIST_ELEM, |out| nest(out, 1, |out| put(out, 1, key)));
+        set: &str,
+        keys: impl IntoIterator<Item = Vec<u8>>,
+        mut each: impl FnMut(ElementDump),
+    ) -> Result<(), Error> {
+        let mut keys = keys.into_iter();
+        loop {
+            let chunk: Vec<Vec<u8>> = keys.by_ref().take(KEYS_PER_REQUEST).collect();
+            if chunk.is_empty() {
+                return Ok(());
+            }
+            let mut wanted = chunk.as_slice();
+            while !wanted.is_empty() {
+                let mut found = 0;
+                let result = self.read_chunk(table, set, wanted, |element| {
+                    found += 1;
+                    each(element);
+                });
+                wanted = match result {
+                    Ok(()) => &[],
+                    // The kernel stops at the first key that it does not have.
+                    Err(ListError::Refused(error)) if error.kind() == io::ErrorKind::NotFound => {
+                        wanted.get(found + 1..).unwrap_or_default()
                     }
-                }); // NFTA_SET_ELEM_LIST_ELEMENTS
-            });
-            let found = self.list_kind(request, NFT_MSG_NEWSETELEM, |attributes| {
-                let list = find(attributes, 3).unwrap_or_default();
-                elements.extend(iter(list).map(|(_, attributes)| element(attributes)));
-            });
-            match found {
-                Ok(()) => {}
-                Err(ListError::Refused(error)) if error.kind() == io::ErrorKind::NotFound => {
-                    return Ok(false);
-                }
-                Err(error) => return Err(error),
+                    Err(error) => return Err(error.listing("nf_tables set elements by key")),
+                };
             }
         }
-        let complete = elements.len() == keys.len();
-        if complete {
-            set.elements = elements;
-        }
-        Ok(complete)
+    }
+
+    fn read_chunk(
+        &mut self,
+        table: &str,
+        set: &str,
+        keys: &[Vec<u8>],
+        mut each: impl FnMut(ElementDump),
+    ) -> Result<(), ListError> {
+        // Not a dump, so nothing but an acknowledgement tells where the answer ends.
+        let request = request(NFT_MSG_GETSETELEM, NLM_F_ACK, |out| {
+            put_str(out, 1, table); // NFTA_SET_ELEM_LIST_TABLE
+            put_str(out, 2, set); // NFTA_SET_ELEM_LIST_SET
+            nest(out, 3, |out| {
+                for key in keys {
+                    nest(out, LIST_ELEM, |out| nest(out, 1, |out| put(out, 1, key)));
+                }
+            }); // NFTA_SET_ELEM_LIST_ELEMENTS, NFTA_SET_ELEM_KEY, NFTA_DATA_VALUE
+        });
+        self.list_kind(request, NFT_MSG_NEWSETELEM, |attributes| {
+            let list = find(attributes, 3).unwrap_or_default();
+            iter(list).for_each(|(_, attributes)| each(element(attributes)));
+        })
     }
 
     /// Lists the answers of one kind, by their attributes.

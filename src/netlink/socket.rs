@@ -25,6 +25,8 @@ const RECEIVE_BUFFER: usize = 8 << 20;
 /// One read: listings come in datagrams of at most 32 KiB (`NLMSG_GOODSIZE` and
 /// `max_recvmsg_len`), refusals are smaller.
 const READ: usize = 64 << 10;
+/// How many datagrams a failed exchange can have left: a whole listing of a million elements.
+const UNREAD: usize = 10_000;
 
 /// A netlink socket of the netfilter family, in the network namespace of the thread that opened
 /// it.
@@ -34,6 +36,8 @@ pub struct Socket {
     /// What the send buffer was last raised to.
     send_buffer: usize,
     sequence: u32,
+    /// Whether an exchange ended before its last answer was read.
+    unread: bool,
 }
 
 impl Socket {
@@ -56,7 +60,7 @@ impl Socket {
         if setsockopt(&inner, sockopt::RcvBufForce, &RECEIVE_BUFFER).is_err() {
             let _ = setsockopt(&inner, sockopt::RcvBuf, &RECEIVE_BUFFER);
         }
-        Ok(Socket { inner, send_buffer: 0, sequence: 1 })
+        Ok(Socket { inner, send_buffer: 0, sequence: 1, unread: false })
     }
 
     /// Commits a transaction: all of it happens, or nothing.
@@ -71,6 +75,7 @@ impl Socket {
 
     /// [`Socket::commit`] for a transaction that is encoded already.
     pub fn commit_encoded(&mut self, batch: &Encoded) -> Result<(), Error> {
+        self.forget_unread();
         self.raise_send_buffer(batch.bytes.len());
         self.inner.send(&batch.bytes, 0).map_err(Error::Send)?;
 
@@ -87,7 +92,10 @@ impl Socket {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 // There were more answers than found a place. This is said once, before the others.
                 Err(error) if is_overrun(&error) && overrun.is_none() => overrun = Some(error),
-                Err(error) => return Err(Error::Receive(error)),
+                Err(error) => {
+                    self.unread = true;
+                    return Err(Error::Receive(error));
+                }
             }
             for answer in messages(&buffer).filter(|answer| answer.kind == NLMSG_ERROR) {
                 match answer.refusal(&batch.messages) {
@@ -112,6 +120,7 @@ impl Socket {
         mut request: Vec<u8>,
         mut each: impl FnMut(u16, &[u8]),
     ) -> Result<(), ListError> {
+        self.forget_unread();
         self.sequence = self.sequence.wrapping_add(1);
         request[8..12].copy_from_slice(&self.sequence.to_ne_bytes());
         self.inner.send(&request, 0).map_err(|e| ListError::Failed(Error::Send(e)))?;
@@ -122,7 +131,10 @@ impl Socket {
             match self.inner.recv(&mut buffer, 0) {
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => return Err(ListError::Failed(Error::Receive(error))),
+                Err(error) => {
+                    self.unread = true;
+                    return Err(ListError::Failed(Error::Receive(error)));
+                }
             }
             for answer in messages(&buffer).filter(|m| m.sequence == self.sequence) {
                 interrupted |= answer.flags & NLM_F_DUMP_INTR != 0;
@@ -137,6 +149,23 @@ impl Socket {
                     },
                     kind => each(kind, answer.payload),
                 }
+            }
+        }
+    }
+
+    /// Reads what an exchange that failed has left, so that nobody takes it for an answer to
+    /// something else; the kernel begins no second listing on a socket before the first has ended.
+    fn forget_unread(&mut self) {
+        if !std::mem::take(&mut self.unread) {
+            return;
+        }
+        let mut buffer = Vec::with_capacity(READ);
+        for _ in 0..UNREAD {
+            buffer.clear();
+            match self.inner.recv(&mut buffer, nix::libc::MSG_DONTWAIT) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                // Each read takes a datagram, or an error that was waiting.
+                Ok(_) | Err(_) => {}
             }
         }
     }
@@ -162,6 +191,17 @@ pub(super) enum ListError {
     Interrupted,
     /// The socket failed.
     Failed(Error),
+}
+
+impl ListError {
+    /// The error of listing `what`.
+    pub(super) fn listing(self, what: &'static str) -> Error {
+        match self {
+            ListError::Refused(source) => Error::List { what, source },
+            ListError::Interrupted => Error::Interrupted,
+            ListError::Failed(error) => error,
+        }
+    }
 }
 
 fn is_overrun(error: &io::Error) -> bool {

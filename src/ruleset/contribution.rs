@@ -142,15 +142,6 @@ pub(crate) fn hairpin_element(address: IpAddr) -> Element {
     set_element(ElementKey::single(set, key), None)
 }
 
-/// The keys under which the endpoints of `plan` stand, by set, whatever their slots.
-pub(crate) fn endpoint_keys(plan: &ServicePlan) -> impl Iterator<Item = ElementKey> + '_ {
-    plan.pools.iter().flat_map(|pool| {
-        let slots = 0..pool.backends.len();
-        let frontends = pool.frontends.iter();
-        frontends.flat_map(move |f| slots.clone().map(move |slot| endpoint_key(pool, f, slot)))
-    })
-}
-
 /// The key under which a frontend's endpoint stands at `slot`.
 pub(crate) fn endpoint_key(pool: &Pool, frontend: &Frontend, slot: usize) -> ElementKey {
     let slot = u32::try_from(slot).expect("a Service has fewer than 2^32 endpoints");

@@ -17,7 +17,7 @@ mod text;
 pub use balancer::{Balancer, FrontendKind};
 pub use chains::{BASE_CHAINS, BaseChain, base_rules};
 pub use contribution::{Contribution, Subject};
-pub(crate) use contribution::{endpoint_key, endpoint_keys, hairpin_element};
+pub(crate) use contribution::{endpoint_key, hairpin_element};
 pub use digest::layout_comment;
 pub use element::{ChainName, Element, ElementKey, KeyBytes, Value};
 pub use firewall::{FirewallChain, REFUSED_LOG_GROUP};

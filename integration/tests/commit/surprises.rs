@@ -123,6 +123,31 @@ fn a_change_that_meets_a_surprise_puts_everything_right() -> Result<()> {
     Ok(())
 }
 
+/// A takeover that fails leaves a daemon that does not know what the kernel holds.
+#[test]
+fn what_was_not_taken_over_is_taken_over_later() -> Result<()> {
+    let Some(machine) = Machine::new()? else { return Ok(()) };
+    let mut daemon = plain(&machine)?;
+    // Somebody puts a table of his own in its place, which nobody else may change.
+    let mut rival = machine.namespace.enter(Socket::open)?;
+    let mut batch = Batch::new(TABLE);
+    batch.delete_table();
+    batch.add_table(TableFlags(TableFlags::OWNED.0 & !TableFlags::ORPHANED.0), None);
+    rival.commit(batch)?;
+    let new = web(4, &[4]);
+    assert_eq!(daemon.commit(std::slice::from_ref(&new)).len(), 1);
+    ensure!(daemon.last_report(&new)?.refused.is_some());
+
+    // The table comes back without something that no change of the daemon's touches.
+    let mut batch = Batch::new(TABLE);
+    batch.delete_table();
+    rival.commit(batch)?;
+    drop(plain(&machine)?);
+    machine.nft("delete element inet portcullis service-ips4 { 10.96.0.1 . tcp . 80 }")?;
+    assert!(daemon.commit(std::slice::from_ref(&new)).is_empty());
+    machine.state()?.expect(&fresh(&[services(), vec![new]].concat())?)
+}
+
 /// Taking the table over anew concerns Services that the change did not name.
 #[test]
 fn whoever_gains_or_loses_by_a_surprise_is_told() -> Result<()> {

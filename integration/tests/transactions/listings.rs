@@ -124,6 +124,34 @@ fn what_was_written_is_dumped() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn elements_are_read_by_their_keys() -> Result<()> {
+    const ELEMENTS: u32 = 2000;
+    let Some(mut world) = World::new()? else { return Ok(()) };
+    world.commit(|batch| {
+        batch.add_table(TableFlags::NONE, None);
+        batch.add_set(&numbers("a"));
+        add_numbers(batch, "a", 0..ELEMENTS);
+    })?;
+    let absent = ELEMENTS;
+    let table: &[(&str, Vec<u32>)] = &[
+        ("none", vec![]),
+        ("all", (0..ELEMENTS).collect()),
+        ("in another order", (0..ELEMENTS).rev().collect()),
+        ("some are not there", vec![absent, 2, absent + 1, absent + 2, 0, absent]),
+        ("nobody is there", (absent..absent + 600).collect()),
+        ("every other", (0..ELEMENTS).flat_map(|number| [absent + number, number]).collect()),
+    ];
+    for (name, wanted) in table {
+        let (keys, mut got) = (wanted.iter().map(|number| key(*number).to_vec()), Vec::new());
+        world.socket.read_elements(TABLE, "a", keys, |element| got.push(element.key))?;
+        let there = wanted.iter().filter(|number| **number < ELEMENTS);
+        let there: Vec<Vec<u8>> = there.map(|number| key(*number).to_vec()).collect();
+        ensure!(got == there, "{name}: {} elements, not {}", got.len(), there.len());
+    }
+    Ok(())
+}
+
 /// A listing is of one moment, although it takes many messages.
 #[test]
 fn a_listing_is_of_one_moment() -> Result<()> {
