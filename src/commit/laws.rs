@@ -242,6 +242,23 @@ proptest! {
         prop_assert_eq!(table, empty_table());
     }
 
+    /// A change names everybody for whom something else is in force or to be said after it.
+    #[test]
+    fn who_is_concerned_is_touched(history in history()) {
+        let mut desired = Desired::default();
+        for (number, variant) in &history {
+            let all: Vec<ServiceName> = (0..5).map(name).collect();
+            let before: Vec<_> = all.iter().map(|service| desired.effective(service)).collect();
+            let change = variant.as_ref().map(|variant| plan(*number, variant));
+            let touched = desired.set(&name(*number), change);
+            for (service, before) in all.iter().zip(before) {
+                if desired.effective(service) != before {
+                    prop_assert!(touched.contains(service), "{} of {:?}", service, touched);
+                }
+            }
+        }
+    }
+
     /// Conflicts have one winner, the same for all who look.
     #[test]
     fn a_claim_has_one_holder(history in history()) {

@@ -21,7 +21,8 @@ pub struct Desired {
 impl Desired {
     /// Replaces the plan of `service`, or removes it. Returns the Services whose
     /// [`effective`](Desired::effective) plan may have changed by that: `service` itself and those
-    /// that win or lose a claim. Costs what the old and the new plan claim.
+    /// that win or lose a claim, or lose it to somebody else. Costs what the old and the new plan
+    /// claim, and who else claims that.
     pub fn set(
         &mut self,
         service: &ServiceName,
@@ -79,7 +80,8 @@ impl Desired {
         let claimants = self.claims.entry(claim).or_default();
         let place = claimants.partition_point(|other| other < who);
         if place == 0 {
-            touched.extend(claimants.first().map(|loser| loser.service.clone()));
+            // The one who had it, and all who are told that somebody has it.
+            touched.extend(claimants.iter().map(|loser| loser.service.clone()));
         }
         claimants.insert(place, who.clone());
     }
@@ -91,7 +93,7 @@ impl Desired {
         if claimants.is_empty() {
             self.claims.remove(&claim);
         } else if place == 0 {
-            touched.insert(claimants[0].service.clone());
+            touched.extend(claimants.iter().map(|other| other.service.clone()));
         }
     }
 
