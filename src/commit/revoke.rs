@@ -48,6 +48,8 @@ enum Work {
 /// its connection not yet in the table: it is looked for once more after this time. What passes
 /// between two hooks takes microseconds.
 const STRAGGLERS: Duration = Duration::from_millis(50);
+/// How often connections are looked for again at most, when the kernel did not list or delete them.
+const AGAIN: usize = 5;
 
 impl Revoker {
     /// Starts the thread; it ends when the `Revoker` is dropped.
@@ -149,9 +151,17 @@ fn run(queue: &mpsc::Receiver<Work>, in_force: &Mutex<InForce>) {
             }
         }
         if !ports.is_empty() {
-            report(sweep(&ports, &addresses, in_force));
-            std::thread::sleep(STRAGGLERS);
-            report(sweep(&ports, &addresses, in_force));
+            let mut last = sweep(&ports, &addresses, in_force);
+            for _ in 0..AGAIN {
+                let failed = last.is_err();
+                log_result(last);
+                std::thread::sleep(STRAGGLERS);
+                last = sweep(&ports, &addresses, in_force);
+                if !failed {
+                    break;
+                }
+            }
+            log_result(last);
         }
         for done in barriers {
             // Who waited may be gone.
@@ -160,7 +170,7 @@ fn run(queue: &mpsc::Receiver<Work>, in_force: &Mutex<InForce>) {
     }
 }
 
-fn report(result: Result<usize, Error>) {
+fn log_result(result: Result<usize, Error>) {
     match result {
         Ok(0) => {}
         Ok(count) => tracing::info!(count, "deleted connections of revoked sources"),
@@ -190,11 +200,9 @@ fn sweep(
                 .is_some_and(|firewall| !firewall.sources.contains(flow.source))
     };
     let mut socket = Socket::open()?;
-    let mut deleted = 0;
-    for family in Family::ALL {
-        deleted += socket.delete_flows(family, doomed)?;
-    }
-    Ok(deleted)
+    // Both families are tried, whatever becomes of the first.
+    let [v4, v6] = Family::ALL.map(|family| socket.delete_flows(family, doomed));
+    Ok(v4? + v6?)
 }
 
 fn own_addresses() -> HashSet<IpAddr> {

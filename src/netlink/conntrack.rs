@@ -21,6 +21,8 @@ use crate::model::Family;
 
 /// How often a listing is begun anew because entries moved under it.
 const ATTEMPTS: usize = 5;
+/// What is listed and deleted.
+const WHAT: &str = "tracked connections";
 /// `CTA_ID`: with it a new connection that has the tuple of one that is gone is left alone.
 const CTA_ID: u16 = 12;
 /// `CTA_ZONE`.
@@ -44,10 +46,11 @@ pub struct Flow {
 }
 
 impl Socket {
-    /// Deletes the tracked connections of `family` that `doomed` chooses; returns how many.
+    /// Deletes the tracked connections of `family` that `doomed` chooses; returns how many. One
+    /// that the kernel does not delete keeps nobody from deleting the others.
     ///
     /// # Errors
-    /// [`Error::List`] with the kernel's reason, for listing and deleting alike; entries that
+    /// [`Error::List`] with the kernel's first reason, for listing and deleting alike; entries that
     /// are gone already are no error.
     pub fn delete_flows(
         &mut self,
@@ -66,27 +69,21 @@ impl Socket {
                 // Connections come and go all the time; after some attempts what was seen must do.
                 Err(ListError::Interrupted) if attempt == ATTEMPTS => break,
                 Err(ListError::Interrupted) => {}
-                Err(error) => return Err(failed(error)),
+                Err(error) => return Err(error.listing(WHAT)),
             }
         }
-        let mut deleted = 0;
+        let (mut deleted, mut first_error) = (0, None);
         for flow in chosen {
             let message = ConntrackMessage::Delete(flow.identity);
             match self.list(request(family, NLM_F_ACK, message), |_, _| {}) {
                 Ok(()) => deleted += 1,
                 Err(ListError::Refused(error)) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => return Err(failed(error)),
+                Err(error) => {
+                    first_error.get_or_insert(error);
+                }
             }
         }
-        Ok(deleted)
-    }
-}
-
-fn failed(error: ListError) -> Error {
-    match error {
-        ListError::Failed(error) => error,
-        ListError::Interrupted => Error::Interrupted,
-        ListError::Refused(source) => Error::List { what: "tracked connections", source },
+        first_error.map_or(Ok(deleted), |error| Err(error.listing(WHAT)))
     }
 }
 
