@@ -81,7 +81,7 @@ pub fn base_rules() -> Vec<(&'static str, RuleSpec)> {
         "firewall-prerouting",
         // The node's own connections come through the loopback device and are exempt.
         RuleBuilder::new()
-            .ct_state_new()
+            .ct_state_related_or_new()
             .not_from_loopback()
             .verdict(jump("source-firewall"))
             .build(None),

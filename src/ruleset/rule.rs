@@ -46,22 +46,28 @@ impl RuleBuilder {
     /// `ct state new`
     pub fn ct_state_new(self) -> Self {
         // NF_CT_STATE_BIT(IP_CT_NEW), include/uapi/linux/netfilter/nf_conntrack_common.h
-        self.ct_bit("ct state new", CtKey::State, 1 << 3)
+        self.ct_bits("ct state new", CtKey::State, 1 << 3)
+    }
+
+    /// `ct state related,new`: also what a connection tracking helper expects, as the data
+    /// connection of an FTP session.
+    pub fn ct_state_related_or_new(self) -> Self {
+        self.ct_bits("ct state related,new", CtKey::State, 1 << 2 | 1 << 3) // IP_CT_RELATED, IP_CT_NEW
     }
 
     /// `ct status dnat`
     pub fn ct_status_dnat(self) -> Self {
-        self.ct_bit("ct status dnat", CtKey::Status, 1 << 5) // IPS_DST_NAT
+        self.ct_bits("ct status dnat", CtKey::Status, 1 << 5) // IPS_DST_NAT
     }
 
-    fn ct_bit(mut self, text: &str, key: CtKey, bit: u32) -> Self {
+    fn ct_bits(mut self, text: &str, key: CtKey, bits: u32) -> Self {
         let register = Register::word(0);
         self.word(text);
         self.expressions.extend([
             Expression::Ct { key, into: register },
             Expression::Bitwise {
                 register,
-                mask: bit.to_ne_bytes().to_vec(),
+                mask: bits.to_ne_bytes().to_vec(),
                 xor: 0_u32.to_ne_bytes().to_vec(),
             },
             Expression::Cmp { register, op: CmpOp::Neq, with: 0_u32.to_ne_bytes().to_vec() },

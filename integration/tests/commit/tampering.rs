@@ -76,6 +76,45 @@ fn tamperings() -> Vec<(&'static str, String, Repair)> {
             Elements(2),
         ),
         (
+            "an endpoint gone",
+            format!("delete {ELEMENTS_OF} endpoints4 {{ 10.96.0.1 . tcp . 80 . 0x00000001 }}"),
+            Elements(1),
+        ),
+        (
+            "an endpoint too many",
+            format!(
+                "add {ELEMENTS_OF} endpoints4 {{ 10.96.0.1 . tcp . 80 . 0x00000002
+                    : 10.9.9.9 . 9 }}"
+            ),
+            Elements(1),
+        ),
+        (
+            "an endpoint of a port that nobody has",
+            format!(
+                "add {ELEMENTS_OF} nodeport-endpoints4 {{ tcp . 39999 . 0x00000000
+                    : 10.9.9.9 . 9 }}"
+            ),
+            Elements(1),
+        ),
+        (
+            "an endpoint moved to another slot",
+            format!(
+                "delete {ELEMENTS_OF} endpoints4 {{ 10.96.0.1 . tcp . 80 . 0x00000001 }}
+                add {ELEMENTS_OF} endpoints4 {{ 10.96.0.1 . tcp . 80 . 0x00000007
+                    : 10.244.0.2 . 80 }}"
+            ),
+            Elements(2),
+        ),
+        (
+            "an endpoint with a comment",
+            format!(
+                "delete {ELEMENTS_OF} nodeport-endpoints4 {{ tcp . 30001 . 0x00000000 }}
+                add {ELEMENTS_OF} nodeport-endpoints4 {{ tcp . 30001 . 0x00000000
+                    comment \"mine\" : 10.244.0.1 . 80 }}"
+            ),
+            Elements(2),
+        ),
+        (
             "a source let in",
             format!("add {ELEMENTS_OF} allow4-shop/web-2 {{ 203.0.113.0/24 }}"),
             Elements(1),
@@ -143,7 +182,7 @@ fn tamperings() -> Vec<(&'static str, String, Repair)> {
                 delete {CHAIN} firewall-prerouting
                 add {CHAIN} firewall-prerouting {{ type filter hook prerouting priority 300;
                     comment \"source firewalls, before DNAT\"; }}
-                add rule inet portcullis firewall-prerouting ct state new iifname != \"lo\"
+                add rule inet portcullis firewall-prerouting ct state related,new iifname != \"lo\"
                     jump source-firewall"
             ),
             Layout,
