@@ -1,6 +1,6 @@
 //! The state last applied, and the transaction that leads from it to the next.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::hash::Hash;
 use std::net::IpAddr;
 
@@ -77,8 +77,9 @@ impl Applied {
         changes: &[(Subject, Option<Contribution>)],
         batch: &mut Batch,
     ) -> (HashMap<IpAddr, isize>, HashMap<Balancer, isize>) {
-        let mut hairpins: HashMap<IpAddr, (isize, Tag)> = HashMap::new();
-        let mut balancers: HashMap<Balancer, (isize, Tag)> = HashMap::new();
+        // In an order of their own, so that the same change is the same transaction.
+        let mut hairpins: BTreeMap<IpAddr, (isize, Tag)> = BTreeMap::new();
+        let mut balancers: BTreeMap<Balancer, (isize, Tag)> = BTreeMap::new();
         for (index, (subject, next)) in changes.iter().enumerate() {
             let tag = tag(index);
             let (old, next) = (self.contributions.get(subject), next.as_ref());
@@ -227,7 +228,7 @@ fn elements(old: Option<&Contribution>, next: Option<&Contribution>, batch: &mut
                 None => old.firewall().map(|firewall| firewall.sets()),
                 Some(_) => None,
             };
-            let mut before: HashMap<ElementKey, Element> = HashMap::new();
+            let mut before: BTreeMap<ElementKey, Element> = BTreeMap::new();
             old.elements(|element| {
                 if goes.as_ref().is_none_or(|sets| !sets.contains(&element.key.set)) {
                     before.insert(element.key.clone(), element);
@@ -248,8 +249,8 @@ fn elements(old: Option<&Contribution>, next: Option<&Contribution>, batch: &mut
     }
 }
 
-fn count<K: Eq + Hash>(
-    deltas: &mut HashMap<K, (isize, Tag)>,
+fn count<K: Ord>(
+    deltas: &mut BTreeMap<K, (isize, Tag)>,
     keys: Option<impl IntoIterator<Item = K>>,
     by: isize,
     tag: Tag,
