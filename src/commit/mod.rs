@@ -110,7 +110,7 @@ enum Request {
     Adopt(NodeContext, Vec<ServicePlan>, oneshot::Sender<Result<Adoption, CommitError>>),
     Change(Change, oneshot::Sender<Result<(), CommitError>>),
     RetryRefused,
-    Flush(oneshot::Sender<()>),
+    LookAfter,
 }
 
 impl Committer {
@@ -156,9 +156,9 @@ impl Committer {
         let _ = self.requests.send(Request::RetryRefused);
     }
 
-    /// Waits until everything that was handed over is done, revoked flows included.
-    pub async fn flush(&self) {
-        let _ = answered(self.ask(Request::Flush)).await;
+    /// Takes the table over anew if somebody else has changed it; see [`Worker::look_after`].
+    pub fn look_after(&self) {
+        let _ = self.requests.send(Request::LookAfter);
     }
 
     fn ask<T>(
@@ -217,10 +217,7 @@ fn serve(worker: &mut Worker, request: Request) {
             let _ = reply.send(worker.adopt(&node, plans));
         }
         Request::RetryRefused => worker.retry_refused(),
-        Request::Flush(reply) => {
-            worker.finish_revocations();
-            let _ = reply.send(());
-        }
+        Request::LookAfter => worker.look_after(),
         Request::Change(..) => unreachable!("changes are collected"),
     }
 }

@@ -50,6 +50,9 @@ pub struct Worker {
     applied: Applied,
     /// Whether the table is not as `applied` has it, or may not be.
     stale: bool,
+    /// The ruleset's generation when the table was last listed, and how many transactions of ours
+    /// had succeeded by then. Each transaction raises the generation by one, whoever makes it.
+    listed: Option<(u32, usize)>,
     /// Subjects whose last commit the kernel refused: what it holds of them is older than what is
     /// desired. They are tried again with their next change or [`Worker::retry_refused`].
     refused: Refused,
@@ -78,6 +81,7 @@ impl Worker {
             node: Contribution::Node(Vec::new()),
             applied: Applied::default(),
             stale: false,
+            listed: None,
             refused: Refused::new(),
             revoker: Revoker::start(),
             totals: Totals::default(),
@@ -153,6 +157,24 @@ impl Worker {
         }
     }
 
+    /// Takes the table over anew if it may not be as it was left. Who has the table to himself needs
+    /// not look; on a kernel that knows no owners somebody else may have changed it if the ruleset
+    /// has seen more transactions than ours.
+    pub fn look_after(&mut self) {
+        if self.stale || self.others_wrote() {
+            self.stale = true;
+            self.commit_subjects(&self.subjects());
+        }
+    }
+
+    fn others_wrote(&mut self) -> bool {
+        let (TableFlags::NONE, Some((then, transactions))) = (self.flags, self.listed) else {
+            return false;
+        };
+        let ours = u32::try_from(self.totals.transactions - transactions).unwrap_or(u32::MAX);
+        self.socket.generation().is_ok_and(|now| now != then.wrapping_add(ours))
+    }
+
     /// Waits until the connections of revoked sources are deleted.
     pub fn finish_revocations(&self) {
         self.revoker.finish();
@@ -206,7 +228,11 @@ impl Worker {
     /// is desired.
     fn catch_up(&mut self, subjects: &BTreeSet<Subject>) -> Refused {
         match self.resync() {
-            Ok(_) => {
+            Ok(adoption) => {
+                if adoption.operations > 0 {
+                    let operations = adoption.operations;
+                    tracing::warn!(operations, "the table was not as it was left; it is put right");
+                }
                 let refused = self.refused.iter().filter(|(subject, _)| subjects.contains(subject));
                 refused.map(|(subject, error)| (subject.clone(), error.clone())).collect()
             }
@@ -314,6 +340,7 @@ impl Worker {
         for _ in 0..=subjects.len() + SURPRISES + 2 {
             let subjects: Vec<&Subject> =
                 subjects.iter().filter(|s| !self.refused.contains_key(s)).collect();
+            self.listed = Some((self.socket.generation()?, self.totals.transactions));
             let listing = listing::list(&mut self.socket)?;
             let present = listing.is_some();
             let found = listing.and_then(Found::new).filter(|found| self.keeps(found.flags()));

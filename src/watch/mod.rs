@@ -11,8 +11,11 @@ pub mod manifests;
 #[cfg(test)]
 mod testing;
 
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
+
+use tokio::time::MissedTickBehavior;
 
 use crate::commit::{CommitError, Committer};
 use crate::model::{NodeContext, NodePortAddresses};
@@ -32,6 +35,24 @@ pub struct Options {
 
 /// How often a source asks for what the kernel has refused to be tried again.
 const RETRY: Duration = Duration::from_secs(30);
+/// How often a source asks whether the table is still as it was left. It costs one question to the
+/// kernel, and a listing only after somebody else has changed the ruleset.
+const LOOK_AFTER: Duration = Duration::from_secs(5);
+
+/// Has the committer do, from time to time, what no object asks for.
+async fn tend(committer: &Committer) -> Infallible {
+    let [mut retry, mut look] = [RETRY, LOOK_AFTER].map(|period| {
+        let mut interval = tokio::time::interval(period);
+        interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        interval
+    });
+    loop {
+        tokio::select! {
+            _ = retry.tick() => committer.retry_refused(),
+            _ = look.tick() => committer.look_after(),
+        }
+    }
+}
 
 /// The first commit, of everything that a source has found.
 async fn adopt(

@@ -123,6 +123,41 @@ fn a_change_that_meets_a_surprise_puts_everything_right() -> Result<()> {
     Ok(())
 }
 
+/// Without a change that meets it, too, as soon as the daemon looks.
+#[test]
+fn what_others_changed_is_found_by_looking() -> Result<()> {
+    let Some(machine) = Machine::new()? else { return Ok(()) };
+    let mut daemon = plain(&machine)?;
+    let whole = machine.state()?;
+    let mut daemon_looks = |name: &str, transactions: usize| -> Result<()> {
+        let before = daemon.worker.totals().transactions;
+        daemon.worker.look_after();
+        let made = daemon.worker.totals().transactions - before;
+        ensure!(made == transactions, "{name}: {made} transactions");
+        machine.state()?.expect(&whole).context(name.to_owned())
+    };
+    daemon_looks("nothing happened", 0)?;
+    for (name, script, transactions) in [
+        ("everything is gone", "flush ruleset", 1),
+        ("the table is gone", "delete table inet portcullis", 1),
+        ("a base chain is empty", "flush chain inet portcullis firewall-prerouting", 1),
+        ("a source was let in", "add element inet portcullis allow4-shop/web-2 { 203.0.113.1 }", 1),
+        ("another table came", "add table inet other", 0),
+    ] {
+        machine.nft(script)?;
+        daemon_looks(name, transactions)?;
+        daemon_looks("nothing happened since", 0)?;
+    }
+    // Its own transactions are no news, and what others do between them is.
+    for change in [web(1, &[7]), web(1, &[1, 2])] {
+        assert!(daemon.commit(&[change]).is_empty());
+    }
+    machine.nft("flush chain inet portcullis nat-prerouting")?;
+    assert!(daemon.commit(&[web(3, &[])]).is_empty());
+    daemon.worker.look_after();
+    machine.state()?.expect(&whole)
+}
+
 /// A takeover that fails leaves a daemon that does not know what the kernel holds.
 #[test]
 fn what_was_not_taken_over_is_taken_over_later() -> Result<()> {

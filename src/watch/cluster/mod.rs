@@ -30,7 +30,6 @@ use kube::runtime::reflector::{self, Store};
 use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Api, Client};
 use thiserror::Error;
-use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
 use super::{Options, lower};
@@ -156,7 +155,7 @@ async fn serve(
         .for_each_concurrent(None, |result| settle(result, &context, &ended));
     tokio::select! {
         () = controller => {}
-        never = retry(&committer) => match never {},
+        never = super::tend(&committer) => match never {},
     }
     // It ends for one of two reasons.
     if shutdown.is_cancelled() { Ok(()) } else { Err(Error::Commit(CommitError::Ended)) }
@@ -180,15 +179,6 @@ async fn settle<T>(
     // What the kernel refuses has been reported, and is tried again.
     if let Err(CommitError::Ended) = settled {
         ended.cancel();
-    }
-}
-
-async fn retry(committer: &Committer) -> std::convert::Infallible {
-    let mut retry = tokio::time::interval(super::RETRY);
-    retry.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    loop {
-        retry.tick().await;
-        committer.retry_refused();
     }
 }
 

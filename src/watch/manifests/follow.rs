@@ -3,12 +3,12 @@
 use std::error::Error as _;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::join_all;
 use notify::{RecommendedWatcher, RecursiveMode, Watcher};
-use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
 use super::Error;
@@ -49,16 +49,12 @@ pub async fn run(
     let (node, plans) = (index.context().clone(), index.plans().collect());
     watch::adopt(node, plans, &committer, &reporter).await.map_err(Error::Commit)?;
 
-    let mut retry = tokio::time::interval(watch::RETRY);
-    retry.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut tend = pin!(watch::tend(&committer));
     loop {
         tokio::select! {
             () = shutdown.cancelled() => return Ok(()),
             () = follower.due() => {}
-            _ = retry.tick() => {
-                committer.retry_refused();
-                continue;
-            }
+            never = &mut tend => match never {},
         }
         let looked = follower.look().await;
         let mut diagnostics = follower.directory().diagnostics();
