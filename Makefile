@@ -34,7 +34,8 @@ lint: ## Check format, lints, licences and shell scripts
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --locked --workspace --all-targets -- --deny warnings
 	git ls-files -z '*.sh' .ci/run | xargs -0 shellcheck
-	if command -v cargo-deny >/dev/null; then $(CARGO) deny check; fi
+	@if command -v cargo-deny >/dev/null; then $(MAKE) --no-print-directory deny; \
+	else echo "cargo-deny is not installed (cargo install cargo-deny): licences, advisories and sources are not checked"; fi
 
 fmt: ## Format the code
 	$(CARGO) fmt --all

@@ -39,6 +39,14 @@ need_rust() {
   fi
 }
 
+need_lints() {
+  local component
+  for component in fmt clippy; do
+    cargo "$component" --version >/dev/null 2>&1 ||
+      problems+=("no cargo $component: rustup component add rustfmt clippy")
+  done
+}
+
 need_go() {
   # The API server suite builds kube-apiserver and etcd; integration/controlplane/build.sh gets Go
   # itself where there is none.
@@ -48,7 +56,7 @@ need_go() {
 case $target in
   demo | bench) need_root; need_rust; need nft nftables; need ip iproute2 ;;
   test) need_root; need_rust; need nft nftables; need ip iproute2; need_go ;;
-  lint) need_rust; need shellcheck shellcheck ;;
+  lint) need_rust; need_lints; need git git; need shellcheck shellcheck ;;
   *) echo "prepare.sh: no such target: $target" >&2; exit 2 ;;
 esac
 

@@ -30,7 +30,6 @@ const NFT_MSG_DELTABLE: u16 = 2;
 pub(super) const NFT_MSG_NEWCHAIN: u16 = 3;
 const NFT_MSG_DELCHAIN: u16 = 5;
 pub(super) const NFT_MSG_NEWRULE: u16 = 6;
-const NFT_MSG_DELRULE: u16 = 8;
 pub(super) const NFT_MSG_NEWSET: u16 = 9;
 const NFT_MSG_DELSET: u16 = 11;
 pub(super) const NFT_MSG_NEWSETELEM: u16 = 12;
@@ -224,16 +223,6 @@ impl Batch {
         if let Some(end) = element.end {
             stream.push(self.tag, |out| encode_element(out, &Element::key(end), end, 1));
         }
-    }
-
-    /// Deletes all rules of a chain; rules that the same transaction adds come behind.
-    pub fn flush_chain(&mut self, chain: &str) {
-        let table = self.table.clone();
-        let subject = Subject::Chain(chain.to_owned());
-        self.make(NFT_MSG_DELRULE, 0, subject, |out| {
-            put_str(out, 1, &table); // NFTA_RULE_TABLE
-            put_str(out, 2, chain); // NFTA_RULE_CHAIN
-        });
     }
 
     /// Deletes a chain with its rules, behind everything else.
