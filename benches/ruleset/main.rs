@@ -108,6 +108,10 @@ fn run(options: &Options) -> Result<()> {
     };
     if let Some(file) = &options.json {
         let text = report::raw(&results)?;
+        if let Some(directory) = file.parent() {
+            std::fs::create_dir_all(directory)
+                .with_context(|| format!("cannot make {}", directory.display()))?;
+        }
         std::fs::write(file, text).with_context(|| format!("cannot write {}", file.display()))?;
     }
     if let Some(file) = &options.markdown {

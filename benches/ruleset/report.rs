@@ -143,6 +143,7 @@ fn bars(out: &mut String, all: &[Measurement]) {
         let name = "elements written on restart".to_owned();
         (name, "0".to_owned(), writes.to_string(), writes == 0)
     }));
+    rows.extend(same_objects(all));
     if rows.is_empty() {
         return;
     }
@@ -151,6 +152,22 @@ fn bars(out: &mut String, all: &[Measurement]) {
     for (name, most, got, reached) in rows {
         row(out, &[name, most, got, if reached { "reached" } else { "**missed**" }.to_owned()]);
     }
+}
+
+/// Chains and rules of the smallest and of the largest table without firewalls.
+fn same_objects(all: &[Measurement]) -> Option<(String, String, String, bool)> {
+    let mut loads: Vec<(usize, usize)> = all
+        .iter()
+        .filter(|m| (m.proxy, m.what) == (Proxy::Portcullis, What::ColdLoad) && m.size.cidrs == 0)
+        .filter_map(|m| Some((m.size.services, m.outcome.objects?)))
+        .map(|(services, objects)| (services, objects.chains + objects.rules))
+        .collect();
+    loads.sort_unstable();
+    let (&(few, least), &(many, most)) = loads.first().zip(loads.last())?;
+    let name =
+        format!("chains and rules at {} and {} Services", thousands(few), thousands(many));
+    let got = format!("{} and {}", thousands(least), thousands(most));
+    Some((name, "the same".to_owned(), got, least == most))
 }
 
 fn cold_loads(out: &mut String, all: &[Measurement]) {
