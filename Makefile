@@ -34,8 +34,8 @@ lint: ## Check format, lints, licences and shell scripts
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --locked --workspace --all-targets -- --deny warnings
 	git ls-files -z '*.sh' .ci/run | xargs -0 shellcheck
-	@if command -v cargo-deny >/dev/null; then $(MAKE) --no-print-directory deny; \
-	else echo "cargo-deny is not installed (cargo install cargo-deny): licences, advisories and sources are not checked"; fi
+	@if command -v cargo-deny >/dev/null; then $(CARGO) deny check bans licenses sources; \
+	else echo "cargo-deny is not installed (cargo install --locked cargo-deny): licences and sources are not checked"; fi
 
 fmt: ## Format the code
 	$(CARGO) fmt --all
@@ -44,7 +44,7 @@ bench: ## Measure, beside a ruleset of kube-proxy's shape; writes docs/benchmark
 	@$(PREPARE) bench
 	$(CARGO) bench --locked --bench ruleset -- $(BENCH_ARGS)
 
-deny: ## Check dependencies for licences, advisories and sources (cargo-deny)
+deny: ## Check dependencies for licences, sources and advisories (cargo-deny; needs GitHub for these)
 	$(CARGO) deny check
 
 clean: ## Remove what was built
