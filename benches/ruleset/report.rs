@@ -164,8 +164,7 @@ fn same_objects(all: &[Measurement]) -> Option<(String, String, String, bool)> {
         .collect();
     loads.sort_unstable();
     let (&(few, least), &(many, most)) = loads.first().zip(loads.last())?;
-    let name =
-        format!("chains and rules at {} and {} Services", thousands(few), thousands(many));
+    let name = format!("chains and rules at {} and {} Services", thousands(few), thousands(many));
     let got = format!("{} and {}", thousands(least), thousands(most));
     Some((name, "the same".to_owned(), got, least == most))
 }
