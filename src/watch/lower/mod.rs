@@ -70,6 +70,40 @@ fn namespace(metadata: &ObjectMeta) -> Arc<str> {
     }
 }
 
+/// A port of an object as it is written.
+struct WrittenPort<'a> {
+    number: i32,
+    protocol: Option<&'a str>,
+    name: Option<&'a str>,
+}
+
+/// Number, protocol and name of a port; `None` if one of them is not valid, which is said of its
+/// field.
+fn valid_port<'a>(
+    written: &WrittenPort<'a>,
+    field: impl Fn(&str) -> String,
+    findings: &mut Findings,
+) -> Option<(NonZeroU16, Protocol, &'a str)> {
+    let Some(number) = port(written.number) else {
+        let message = format!("{} is not a port; the port is left out", written.number);
+        findings.error(field("port"), message);
+        return None;
+    };
+    let Some(protocol) = protocol(written.protocol) else {
+        let other = shown(written.protocol.unwrap_or_default());
+        let message = format!("{other} is none of TCP, UDP and SCTP; the port is left out");
+        findings.error(field("protocol"), message);
+        return None;
+    };
+    let name = written.name.unwrap_or_default();
+    if !is_port_name(name) {
+        let message = format!("{} is not a port name; the port is left out", shown(name));
+        findings.error(field("name"), message);
+        return None;
+    }
+    Some((number, protocol, name))
+}
+
 /// A port that is not zero and fits.
 fn port(number: i32) -> Option<NonZeroU16> {
     u16::try_from(number).ok().and_then(NonZeroU16::new)

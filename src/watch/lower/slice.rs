@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use k8s_openapi::api::discovery::v1 as discovery;
 
-use super::{Findings, is_port_name, name, namespace, port, protocol, shown, unicast};
+use super::{Findings, WrittenPort, name, namespace, shown, unicast, valid_port};
 use crate::model::{
     Endpoint, EndpointSlice, Family, ObjectKind, Readiness, ServiceName, SliceName, SlicePort,
 };
@@ -66,22 +66,12 @@ fn ports(object: &discovery::EndpointSlice, findings: &mut Findings) -> Vec<Slic
         // No port means "all ports" (KEP-752), which no Service port can be forwarded to.
         let Some(number) = entry.port.filter(|number| *number != 0) else { continue };
         let field = |name: &str| format!("ports[{index}].{name}");
-        let Some(port) = port(number) else {
-            findings.error(field("port"), format!("{number} is not a port; left out"));
-            continue;
+        let written = WrittenPort {
+            number,
+            protocol: entry.protocol.as_deref(),
+            name: entry.name.as_deref(),
         };
-        let Some(protocol) = protocol(entry.protocol.as_deref()) else {
-            let other = shown(entry.protocol.as_deref().unwrap_or_default());
-            let message = format!("{other} is none of TCP, UDP and SCTP; the port is left out");
-            findings.error(field("protocol"), message);
-            continue;
-        };
-        let name = entry.name.as_deref().unwrap_or_default();
-        if !is_port_name(name) {
-            let message = format!("{} is not a port name; the port is left out", shown(name));
-            findings.error(field("name"), message);
-            continue;
-        }
+        let Some((port, protocol, name)) = valid_port(&written, field, findings) else { continue };
         if !seen.insert((name, protocol)) {
             let message = format!(
                 "{} is the name of an earlier {protocol} port too; this one is left out",
@@ -257,8 +247,8 @@ mod tests {
             [
                 "ports[5].name: \"http\" is the name of an earlier tcp port too; this one is left \
                  out",
-                "ports[7].port: 65536 is not a port; left out",
-                "ports[8].port: -1 is not a port; left out",
+                "ports[7].port: 65536 is not a port; the port is left out",
+                "ports[8].port: -1 is not a port; the port is left out",
                 "ports[9].protocol: \"tcp\" is none of TCP, UDP and SCTP; the port is left out",
                 "ports[10].name: \"a\\\"b\" is not a port name; the port is left out",
             ],

@@ -5,15 +5,15 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant, SystemTime};
 
 use futures::future::join_all;
 use notify::{RecommendedWatcher, RecursiveMode, Watcher};
 use tokio_util::sync::CancellationToken;
 
 use super::Error;
-use super::directory::{Changes, Directory};
-use super::motion::Motion;
+use super::directory::{Changes, Directory, last_written};
+use super::motion::{Motion, WRITING, WRITING_AT_MOST};
 use crate::commit::{Change, CommitError, Committer};
 use crate::model::{Diagnostic, ObjectKind, ObjectRef, Severity};
 use crate::report::Reporter;
@@ -43,7 +43,7 @@ pub async fn run(
     shutdown: CancellationToken,
 ) -> Result<(), Error> {
     let mut follower = Follower::new(path, options);
-    follower.look().await?;
+    follower.first_look().await?;
     reporter.manifests(follower.directory().diagnostics());
     let index = follower.directory().index();
     let (node, plans) = (index.context().clone(), index.plans().collect());
@@ -128,6 +128,20 @@ impl Follower {
         let _ = tokio::time::timeout(poll, self.motion.due()).await;
     }
 
+    /// Looks until no file is in motion, for a bounded time: what is being written at start must not
+    /// count as absent, or its Services would lose what the kernel still holds of them.
+    async fn first_look(&mut self) -> Result<(), Error> {
+        let end = Instant::now() + WRITING_AT_MOST;
+        let path = self.directory().path().to_owned();
+        wait_for_writers(&path).await;
+        self.look().await?;
+        while self.motion.holds_any() && Instant::now() < end {
+            let _ = tokio::time::timeout_at(end.into(), self.motion.due()).await;
+            self.look().await?;
+        }
+        Ok(())
+    }
+
     /// Looks at the files, on a thread that may wait for them.
     async fn look(&mut self) -> Result<Changes, Error> {
         let (mut directory, mut watch) = self.seen.take().expect("nobody looks at it");
@@ -151,6 +165,24 @@ impl Follower {
         self.seen = Some((directory, watch));
         scanned
     }
+}
+
+/// Waits until nobody has written a manifest at `path` for a moment, for a bounded time. Whoever
+/// opened a file before anybody watched has truncated it, and may be about to write it.
+pub async fn wait_for_writers(path: &Path) {
+    let end = Instant::now() + WRITING_AT_MOST;
+    while Instant::now() < end {
+        let written = last_written(path);
+        let Some(pause) = pause_until_rested(SystemTime::now(), written) else { return };
+        tokio::time::sleep(pause).await;
+    }
+}
+
+/// How long to wait for whoever wrote a file at `written`; `None` if that is long enough ago, or in
+/// the future, where only a clock can have put it.
+fn pause_until_rested(now: SystemTime, written: Option<SystemTime>) -> Option<Duration> {
+    let age = now.duration_since(written?).ok()?;
+    WRITING.checked_sub(age).filter(|pause| !pause.is_zero())
 }
 
 /// Has inotify tell of changes in a directory, as long as the path leads to it.
@@ -251,6 +283,52 @@ mod tests {
         let seen = tokio::time::timeout(PATIENCE, seen).await;
         let last = names(follower.directory().index());
         assert!(seen.is_ok(), "{what}: {last:?} instead of {expected:?}");
+    }
+
+    #[test]
+    fn who_writes_is_waited_for() {
+        let now = SystemTime::now();
+        let ago = |ms| Some(now - Duration::from_millis(ms));
+        for (written, expected) in [
+            (None, None),
+            (ago(0), Some(1000)),
+            (ago(300), Some(700)),
+            (ago(1000), None),
+            (ago(86_400_000), None),
+            (Some(now + Duration::from_secs(60)), None),
+        ] {
+            let expected = expected.map(Duration::from_millis);
+            assert_eq!(pause_until_rested(now, written), expected, "{written:?}");
+        }
+    }
+
+    #[test]
+    fn the_youngest_manifest_tells_when_somebody_wrote() {
+        let dir = TempDir::new().unwrap();
+        assert_eq!(last_written(dir.path()), None);
+        assert_eq!(last_written(&dir.path().join("absent")), None);
+        let time = |seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
+        for (name, seconds) in [("a.yaml", 5), ("b.yml", 9), ("c.json", 7), ("d.txt", 11)] {
+            let file = fs::File::create(dir.path().join(name)).unwrap();
+            file.set_modified(time(seconds)).unwrap();
+        }
+        assert_eq!(last_written(dir.path()), Some(time(9)));
+        assert_eq!(last_written(&dir.path().join("d.txt")), Some(time(11)));
+    }
+
+    /// A daemon that starts while an editor writes sees what is written in the end.
+    #[tokio::test]
+    async fn a_file_that_is_being_written_at_start_is_not_absent() {
+        let dir = TempDir::new().unwrap();
+        let file = dir.path().join("a.yaml");
+        fs::write(&file, "").unwrap();
+        let mut follower = Follower::new(dir.path(), &options());
+        let (looked, ()) = tokio::join!(follower.first_look(), async {
+            tokio::time::sleep(WRITING / 4).await;
+            fs::write(&file, services(&["a"])).unwrap();
+        });
+        looked.expect("it is there");
+        assert_eq!(names(follower.directory().index()), ["a"]);
     }
 
     #[tokio::test]

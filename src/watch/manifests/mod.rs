@@ -29,7 +29,7 @@ use crate::commit::CommitError;
 use crate::model::Diagnostic;
 use directory::Directory;
 
-pub use follow::run;
+pub use follow::{run, wait_for_writers};
 
 /// The largest file that is read, in bytes. 10,000 Services with their slices have some 7 MiB.
 pub const LARGEST_FILE: u64 = 64 << 20;

@@ -16,10 +16,10 @@ use notify::event::{AccessKind, AccessMode, CreateKind, ModifyKind, RenameMode};
 use tokio::sync::Notify;
 
 /// How long a writer may pause before its file is read as it is.
-const WRITING: Duration = Duration::from_secs(1);
+pub(super) const WRITING: Duration = Duration::from_secs(1);
 
 /// How long a writer may keep a file from being read at all.
-const WRITING_AT_MOST: Duration = Duration::from_secs(10);
+pub(super) const WRITING_AT_MOST: Duration = Duration::from_secs(10);
 
 /// How long a file that is gone may take to come back.
 const REMOVED: Duration = Duration::from_millis(250);
@@ -102,6 +102,11 @@ impl Motion {
     /// Whether the file of this name is not to be looked at.
     pub(super) fn holds(&self, name: &OsStr) -> bool {
         self.told().moving.contains_key(name)
+    }
+
+    /// Whether any file is not to be looked at.
+    pub(super) fn holds_any(&self) -> bool {
+        !self.told().moving.is_empty()
     }
 
     fn told(&self) -> MutexGuard<'_, Told> {

@@ -6,7 +6,7 @@ use std::num::NonZeroU16;
 
 use k8s_openapi::api::core::v1 as core;
 
-use super::{Findings, is_port_name, name, namespace, port, protocol, shown, unicast};
+use super::{Findings, WrittenPort, name, namespace, port, shown, unicast, valid_port};
 use crate::model::{
     CidrSet, Family, ObjectKind, Protocol, Service, ServiceName, ServicePort, Severity,
     SourceRestriction,
@@ -151,23 +151,12 @@ fn ports(
     let mut ports = Vec::new();
     for (index, entry) in spec.ports.iter().flatten().enumerate() {
         let field = |name: &str| format!("spec.ports[{index}].{name}");
-        let Some(port) = port(entry.port) else {
-            let message = format!("{} is not a port; the port is left out", entry.port);
-            findings.error(field("port"), message);
-            continue;
+        let written = WrittenPort {
+            number: entry.port,
+            protocol: entry.protocol.as_deref(),
+            name: entry.name.as_deref(),
         };
-        let Some(protocol) = protocol(entry.protocol.as_deref()) else {
-            let other = shown(entry.protocol.as_deref().unwrap_or_default());
-            let message = format!("{other} is none of TCP, UDP and SCTP; the port is left out");
-            findings.error(field("protocol"), message);
-            continue;
-        };
-        let name = entry.name.as_deref().unwrap_or_default();
-        if !is_port_name(name) {
-            let message = format!("{} is not a port name; the port is left out", shown(name));
-            findings.error(field("name"), message);
-            continue;
-        }
+        let Some((port, protocol, name)) = valid_port(&written, field, findings) else { continue };
         // Slices tell ports apart by name.
         if names.contains(name) {
             let message = match name {

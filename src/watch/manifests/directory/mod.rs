@@ -7,6 +7,7 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use super::document::{Lowered, Problem};
 use super::file::{Document, File, Refreshed};
@@ -55,6 +56,11 @@ impl Directory {
             contested: BTreeSet::new(),
             index: Index::new(options),
         }
+    }
+
+    /// The path as it was given.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
     }
 
     /// Everything that is in force.
@@ -295,6 +301,17 @@ fn manifests_in(path: &Path) -> io::Result<BTreeSet<OsString>> {
         }
     }
     Ok(names)
+}
+
+/// When the youngest of the manifests at `path` was last written; `None` if there is none, or if
+/// nobody knows.
+pub(super) fn last_written(path: &Path) -> Option<SystemTime> {
+    let written = |path: &Path| std::fs::metadata(path).ok()?.modified().ok();
+    if !path.is_dir() {
+        return written(path);
+    }
+    let names = manifests_in(path).ok()?;
+    names.iter().filter_map(|name| written(&path.join(name))).max()
 }
 
 /// Whether a file of this name is read.
