@@ -29,10 +29,11 @@ test: ## Run every test: unit, golden, laws, real kernel, real API server (root)
 unit: ## Run the tests that need no root: unit, golden and laws
 	$(CARGO) test --locked --package portcullis
 
-lint: ## Check format, lints, licences and shell scripts
+lint: ## Check format, lints, links of the documentation, licences and shell scripts
 	@$(PREPARE) lint
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --locked --workspace --all-targets -- --deny warnings
+	RUSTDOCFLAGS='--deny warnings' $(CARGO) doc --locked --workspace --no-deps --document-private-items --quiet
 	git ls-files -z '*.sh' .ci/run | xargs -0 shellcheck
 	@if command -v cargo-deny >/dev/null; then $(CARGO) deny check bans licenses sources; \
 	else echo "cargo-deny is not installed (cargo install --locked cargo-deny): licences and sources are not checked"; fi

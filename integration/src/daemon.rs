@@ -21,7 +21,7 @@ pub const NODE_NAME: &str = "node-1";
 /// A command line of the real binary, ready for more arguments.
 pub fn command(arguments: &[&str]) -> Result<Command> {
     let mut command = binary::command(arguments)?;
-    command.env("RUST_LOG", "info");
+    command.env_remove("RUST_LOG");
     Ok(command)
 }
 

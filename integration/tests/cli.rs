@@ -51,6 +51,15 @@ fn wrong_usage() -> Result<()> {
 }
 
 #[test]
+fn a_log_filter_that_is_not_understood() -> Result<()> {
+    let output = command(&["version"])?.env("RUST_LOG", "portcullis=loud").output()?;
+    expect_cannot(&output, "RUST_LOG")?;
+    let output = command(&["version"])?.env("RUST_LOG", "portcullis=trace").output()?;
+    ensure!(output.status.success(), "{:?}", output.status);
+    Ok(())
+}
+
+#[test]
 fn output_for_machines() -> Result<()> {
     let output = command(&["version", "--output", "json"])?.output()?;
     let version: serde_json::Value = serde_json::from_slice(&output.stdout)?;

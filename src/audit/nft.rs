@@ -130,7 +130,7 @@ impl Nft {
     /// prints no tables, and rules come from the listing for people.
     ///
     /// # Errors
-    /// Whatever keeps nft from listing; see [`Error`].
+    /// Whatever keeps nft from listing; see [`enum@Error`].
     pub fn list(&self) -> Result<Listing, Error> {
         let deadline = Instant::now() + self.timeout;
         if self.whole(TABLES, deadline)?.is_some()

@@ -13,7 +13,7 @@ use crate::ruleset::{
 };
 
 /// Everything in one table. Equal tables do the same to every packet, but for which slot of a
-/// frontend an endpoint has; [`super::compare`] knows about slots.
+/// frontend an endpoint has; [`super::compare()`] knows about slots.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Table {
     /// Whether the table is switched off (`flags dormant`): its chains see no packet.

@@ -23,11 +23,27 @@ const FOUND_SOMETHING: u8 = 1;
 /// The command could not do its work: wrong usage, no rights, no nf_tables, no source.
 const COULD_NOT: u8 = 2;
 
+/// What is logged where nobody chooses. The watchers of the API server tell of each failed attempt to
+/// reach it; that it is away and that it is back is said once, by us.
+const DEFAULT_LOGS: &str = "info,kube_client=off,kube_runtime=error";
+
 /// Runs the command that the process was started with.
 pub fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    log_to_stderr(arguments.log_format);
-    let result = match &arguments.command {
+    let result = log_to_stderr(arguments.log_format).and_then(|()| run_command(&arguments.command));
+    match result {
+        Ok(Verdict::Fine) => ExitCode::SUCCESS,
+        Ok(Verdict::FoundSomething) => ExitCode::from(FOUND_SOMETHING),
+        Err(error) => {
+            // One line, the causes behind colons.
+            eprintln!("portcullis: {error:#}");
+            ExitCode::from(COULD_NOT)
+        }
+    }
+}
+
+fn run_command(command: &Command) -> anyhow::Result<Verdict> {
+    match command {
         Command::Run(options) => run::run(options),
         Command::Plan(options) => plan::plan(options),
         Command::Audit(options) => audit::audit(options),
@@ -37,15 +53,6 @@ pub fn main() -> ExitCode {
             let mut command = Arguments::command();
             clap_complete::generate(*shell, &mut command, "portcullis", &mut io::stdout());
             Ok(Verdict::Fine)
-        }
-    };
-    match result {
-        Ok(Verdict::Fine) => ExitCode::SUCCESS,
-        Ok(Verdict::FoundSomething) => ExitCode::from(FOUND_SOMETHING),
-        Err(error) => {
-            // One line, the causes behind colons.
-            eprintln!("portcullis: {error:#}");
-            ExitCode::from(COULD_NOT)
         }
     }
 }
@@ -63,13 +70,21 @@ impl Verdict {
     }
 }
 
-fn log_to_stderr(format: LogFormat) {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+fn log_to_stderr(format: LogFormat) -> anyhow::Result<()> {
+    let filter = match std::env::var(EnvFilter::DEFAULT_ENV) {
+        Ok(directives) if !directives.is_empty() => directives.parse().map_err(|error| {
+            let name = EnvFilter::DEFAULT_ENV;
+            anyhow::anyhow!("{name}={directives:?} is not understood: {error}")
+        })?,
+        // Neither set nor readable.
+        _ => EnvFilter::new(DEFAULT_LOGS),
+    };
     let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
     match format {
         LogFormat::Text => logs.with_ansi(io::stderr().is_terminal()).init(),
         LogFormat::Json => logs.json().flatten_event(true).init(),
     }
+    Ok(())
 }
 
 /// Prints to standard output; a reader that went away (`| head`) ends the program quietly, as it

@@ -82,6 +82,8 @@ async fn once(
 ) -> anyhow::Result<Verdict> {
     let index = match source {
         Source::Manifests(directory) => {
+            // What is in force of a file must not go because somebody is writing it now.
+            manifests::wait_for_writers(&directory).await;
             let loaded = manifests::load(&directory, options)?;
             reporter.manifests(loaded.diagnostics);
             loaded.index

@@ -1,7 +1,7 @@
 //! Servers and clients on plain sockets, each in a namespace of its own.
 //!
 //! - A [`Server`] answers with its own name and with the client's address as it saw it.
-//! - [`probe`] asks once and gives an [`Outcome`]; [`Probe`] has more choices (timeout, source
+//! - [`probe()`] asks once and gives an [`Outcome`]; [`Probe`] has more choices (timeout, source
 //!   address, source port), [`probe_all`] asks many different questions at once, and
 //!   [`probe_many`] asks one many times and counts who answered, for distributions.
 //! - A [`Flow`] is a TCP connection or a UDP "connection" that stays, and can be asked whether it
