@@ -79,7 +79,7 @@ pub(super) enum Refreshed {
     Same,
     /// It was read. This was in force before.
     Read(BTreeMap<ObjectRef, Held>),
-    /// There is no such file, or it is no regular file.
+    /// There is no such file, or it is a directory.
     Gone,
 }
 
@@ -251,10 +251,18 @@ fn read(path: &Path, largest: u64, known: Option<Signature>) -> Content {
     }
 }
 
+/// What stands where a file should be: directories may have any name, anything else is a mistake.
+fn no_file(metadata: &Metadata) -> Content {
+    if metadata.is_dir() {
+        return Content::Gone;
+    }
+    Content::Unreadable("a pipe, socket or device, and not read".to_owned(), None)
+}
+
 fn try_read(path: &Path, largest: u64, known: Option<Signature>) -> io::Result<Content> {
     let metadata = std::fs::metadata(path)?;
     if !metadata.is_file() {
-        return Ok(Content::Gone);
+        return Ok(no_file(&metadata));
     }
     if known == Some(Signature::of(&metadata)) {
         return Ok(Content::Same);
@@ -264,7 +272,7 @@ fn try_read(path: &Path, largest: u64, known: Option<Signature>) -> io::Result<C
     let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
     let metadata = file.metadata()?;
     if !metadata.is_file() {
-        return Ok(Content::Gone);
+        return Ok(no_file(&metadata));
     }
     let signature = Signature::of(&metadata);
     if metadata.len() > largest {
