@@ -15,7 +15,7 @@ fn ruleset() {
             insta::assert_snapshot!(plan(directory));
         });
     });
-    assert!(cases >= 8, "only {cases} cases were found");
+    assert!(cases >= 10, "only {cases} cases were found");
 }
 
 /// Output, diagnostics and exit code, with the directory's own name left out.

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use ipnet::{IpNet, Ipv4Net};
 use portcullis::model::{
-    CidrSet, Endpoint, EndpointSlice, Family, Node, NodeContext, NodePortAddresses, Protocol,
-    Readiness, Service, ServiceName, ServicePort, SliceName, SlicePort, SourceRestriction,
+    CidrSet, Endpoint, EndpointSlice, Family, Node, NodeContext, Protocol, Service, ServiceName,
+    ServicePort, SliceName, SlicePort, SourceRestriction,
 };
 use portcullis::plan::{ServicePlan, plan_service};
 use serde::{Deserialize, Serialize};
@@ -59,9 +59,8 @@ impl Cluster {
     /// A cluster of this size.
     pub fn new(size: Size) -> Cluster {
         let node = NodeContext {
-            name: NODE_NAME.into(),
-            node: Node { primary_addresses: vec![NODE_ADDRESS.into()], diagnostics: Vec::new() },
-            nodeport_addresses: NodePortAddresses::Primary,
+            node: Node { primary_addresses: vec![NODE_ADDRESS.into()], ..Node::default() },
+            ..NodeContext::new(NODE_NAME.into())
         };
         let mut cluster = Cluster {
             services: Vec::with_capacity(size.services),
@@ -88,7 +87,6 @@ impl Cluster {
             ServiceName::new(format!("team-{:02}", index % 100), format!("service-{index:06}"));
         let node_port = (index < NODE_PORTS).then(|| port(FIRST_NODE_PORT + index));
         self.services.push(Service {
-            name: name.clone(),
             created: 1_700_000_000,
             cluster_ips: vec![address(CLUSTER_IPS, index + 10).into()],
             ports: vec![ServicePort {
@@ -97,13 +95,11 @@ impl Cluster {
                 port: port(usize::from(PORT)),
                 node_port,
             }],
-            node_port_sources: SourceRestriction::Unrestricted,
-            diagnostics: Vec::new(),
+            ..Service::new(name.clone())
         });
         let endpoints = (0..self.endpoints).map(|nth| Endpoint {
-            address: address(PODS, index * self.endpoints + nth).into(),
-            readiness: Readiness::Ready,
             node: Some(node_of(index, nth)),
+            ..Endpoint::new(address(PODS, index * self.endpoints + nth).into())
         });
         self.slices.push(EndpointSlice {
             name: SliceName {

@@ -25,6 +25,8 @@ pub struct Manifest {
     pub allowed: Option<String>,
     /// The endpoints, in any family.
     pub endpoints: Vec<Endpoint>,
+    /// Other annotations, and fields of `spec` and `status`: merged into the Service.
+    pub extra: Value,
 }
 
 /// A Service port.
@@ -53,6 +55,8 @@ pub struct Endpoint {
     pub ready: bool,
     /// A port of its own instead of [`Port::target`], in a slice of its own.
     pub target: Option<u16>,
+    /// Other fields of the endpoint: merged into it.
+    pub extra: Value,
 }
 
 impl Endpoint {
@@ -63,7 +67,13 @@ impl Endpoint {
             node: NODE_NAME.into(),
             ready: true,
             target: None,
+            extra: Value::Null,
         })
+    }
+
+    /// Both addresses of the pod on the other node.
+    pub fn elsewhere(lab: &Lab) -> [Endpoint; 2] {
+        Endpoint::of(&lab.remote_pod).map(|endpoint| Endpoint { node: "peer".into(), ..endpoint })
     }
 }
 
@@ -87,6 +97,7 @@ impl Manifest {
             ports: Vec::new(),
             allowed: None,
             endpoints: lab.pods.iter().flat_map(Endpoint::of).collect(),
+            extra: Value::Null,
         }
     }
 
@@ -141,6 +152,7 @@ impl Manifest {
             service["metadata"]["annotations"] =
                 json!({ "portcullis.dev/allowed-source-cidrs": allowed });
         }
+        merge(&mut service, &self.extra);
         service
     }
 
@@ -165,11 +177,13 @@ impl Manifest {
         let endpoints: Vec<Value> = endpoints
             .iter()
             .map(|endpoint| {
-                json!({
+                let mut object = json!({
                     "addresses": [endpoint.address],
                     "conditions": { "ready": endpoint.ready },
                     "nodeName": endpoint.node,
-                })
+                });
+                merge(&mut object, &endpoint.extra);
+                object
             })
             .collect();
         json!({
@@ -184,6 +198,19 @@ impl Manifest {
             "ports": ports,
             "endpoints": endpoints,
         })
+    }
+}
+
+/// Puts the fields of `extra` into `object`, those of objects one by one.
+fn merge(object: &mut Value, extra: &Value) {
+    match (object, extra) {
+        (_, Value::Null) => {}
+        (Value::Object(fields), Value::Object(extra)) => {
+            for (name, value) in extra {
+                merge(fields.entry(name).or_insert(Value::Null), value);
+            }
+        }
+        (object, extra) => *object = extra.clone(),
     }
 }
 
@@ -207,7 +234,8 @@ pub fn write_node(lab: &Lab, directory: &Path) -> Result<()> {
     let node = json!({
         "apiVersion": "v1",
         "kind": "Node",
-        "metadata": { "name": NODE_NAME },
+        "metadata": { "name": NODE_NAME, "labels": { "topology.kubernetes.io/zone": "here" } },
+        "spec": { "podCIDRs": lab.pod_cidrs() },
         "status": { "addresses": [
             { "type": "InternalIP", "address": lab.node.v4 },
             { "type": "InternalIP", "address": lab.node.v6 },

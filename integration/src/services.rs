@@ -5,8 +5,8 @@ use std::num::NonZeroU16;
 
 use anyhow::{Context, Result};
 use portcullis::model::{
-    CidrSet, Endpoint, EndpointSlice, Family, Node, NodeContext, NodePortAddresses, Protocol,
-    Readiness, Service, ServiceName, ServicePort, SliceName, SlicePort, SourceRestriction,
+    CidrSet, Endpoint, EndpointSlice, Family, NodeContext, NodePortAddresses, Protocol, Service,
+    ServiceName, ServicePort, SliceName, SlicePort, SourceRestriction,
 };
 use portcullis::plan::{ServicePlan, plan_service};
 
@@ -19,9 +19,8 @@ pub const ENDPOINT_PORT: u16 = 8080;
 pub fn node(cidrs: &[&str]) -> Result<NodeContext> {
     let cidrs = cidrs.iter().map(|cidr| cidr.parse()).collect::<Result<_, _>>();
     Ok(NodeContext {
-        name: NODE.into(),
-        node: Node::default(),
         nodeport_addresses: NodePortAddresses::Cidrs(cidrs.context("a CIDR of the node")?),
+        ..NodeContext::new(NODE.into())
     })
 }
 
@@ -36,14 +35,7 @@ pub struct Sketch {
 /// ports.
 pub fn service(name: &str) -> Sketch {
     let (namespace, name) = name.split_once('/').expect("NAMESPACE/NAME");
-    let service = Service {
-        name: ServiceName::new(namespace, name),
-        created: 0,
-        cluster_ips: Vec::new(),
-        ports: Vec::new(),
-        node_port_sources: SourceRestriction::Unrestricted,
-        diagnostics: Vec::new(),
-    };
+    let service = Service::new(ServiceName::new(namespace, name));
     Sketch { service, endpoints: Vec::new() }
 }
 
@@ -120,6 +112,13 @@ impl Sketch {
         self
     }
 
+    /// With other fields of the Service.
+    #[must_use]
+    pub fn with(mut self, change: impl FnOnce(&mut Service)) -> Self {
+        change(&mut self.service);
+        self
+    }
+
     /// The plan of a node called [`NODE`].
     pub fn plan(&self) -> ServicePlan {
         let node = node(&[]).expect("a node without addresses");
@@ -128,9 +127,8 @@ impl Sketch {
 
     fn with_endpoints(mut self, addresses: &[&str], node: Option<&str>) -> Self {
         self.endpoints.extend(addresses.iter().map(|address| Endpoint {
-            address: parse(address),
-            readiness: Readiness::Ready,
             node: node.map(Into::into),
+            ..Endpoint::new(parse(address))
         }));
         self
     }

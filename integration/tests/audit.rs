@@ -17,8 +17,8 @@ use portcullis::audit::{
 };
 use portcullis::commit::Worker;
 use portcullis::model::{
-    CidrSet, Endpoint, EndpointSlice, Family, Node, NodeContext, NodePortAddresses, Protocol,
-    Readiness, Service, ServiceName, ServicePort, SliceName, SlicePort, SourceRestriction,
+    Balancing, CidrSet, Endpoint, EndpointSlice, Family, Node, NodeContext, Protocol, Service,
+    ServiceName, ServicePort, SliceName, SlicePort, SourceRestriction, TrafficPolicy,
 };
 use portcullis::plan::{Desired, ServicePlan, plan_service};
 
@@ -65,13 +65,72 @@ fn nft_reads_what_was_meant() {
         ("endpoints6", "fd00:96::8 . udp . 53 . 0x00000001 : fd00:244:8::2 . 8053"),
         ("nodeport-endpoints4", "tcp . 30080 . 0x00000002 : 10.244.1.3 . 8080"),
         ("nodeport-endpoints6", "udp . 30053 . 0x00000000 : fd00:244:8::1 . 8053"),
-        ("no-endpoints4", "10.96.0.6 . tcp . 80 comment \"shop/empty:http\""),
-        ("no-endpoints6", "fd00:96::6 . tcp . 80 comment \"shop/empty:http\""),
-        ("no-endpoint-nodeports4", "tcp . 30085 comment \"shop/empty:http\""),
-        ("no-endpoint-nodeports6", "tcp . 30085 comment \"shop/empty:http\""),
+        (
+            "no-endpoints4",
+            "10.96.0.6 . tcp . 80 comment \"shop/empty:http\" : goto reject-connection",
+        ),
+        (
+            "no-endpoints6",
+            "fd00:96::6 . tcp . 80 comment \"shop/empty:http\" : goto reject-connection",
+        ),
+        (
+            "no-endpoint-nodeports4",
+            "tcp . 30085 comment \"shop/empty:http\" : goto reject-connection",
+        ),
+        (
+            "no-endpoint-nodeports6",
+            "tcp . 30085 comment \"shop/empty:http\" : goto reject-connection",
+        ),
         ("hairpin4", "10.244.7.1 . 10.244.7.1"),
         ("hairpin6", "fd00:244:7::1 . fd00:244:7::1"),
         ("nodeport-firewall", "udp . 30053 comment \"shop/dns:dns\" : goto fw-shop/dns"),
+        ("no-endpoints4", "203.0.113.12 . tcp . 80 comment \"shop/elsewhere:http\" : drop"),
+        ("service-cidrs4", "10.96.0.0/16"),
+        ("service-cidrs6", "fd00:96::/112"),
+        ("pod-cidrs4", "10.244.0.0/24"),
+        ("pod-cidrs6", "fd00:244::/64"),
+        ("unmasqueraded4", "10.244.0.0/24"),
+        ("unmasqueraded6", "fd00:244::/64"),
+        (
+            "service-ips4",
+            "198.51.100.11 . tcp . 80 comment \"shop/outside:http\" : goto \
+             external-local4-over-1-sticky-by-source",
+        ),
+        (
+            "cluster-policy4",
+            "198.51.100.11 . tcp . 80 comment \"shop/outside:http\" : goto \
+             service4-over-3-sticky-by-source",
+        ),
+        (
+            "cluster-policy6",
+            "2001:db8:1::11 . tcp . 80 comment \"shop/outside:http\" : goto \
+             service6-over-3-sticky-by-source",
+        ),
+        (
+            "nodeport-cluster-policy4",
+            "tcp . 30090 comment \"shop/outside:http\" : goto \
+             nodeport-from-here4-over-3-sticky-by-source",
+        ),
+        (
+            "nodeport-cluster-policy6",
+            "tcp . 30090 comment \"shop/outside:http\" : goto \
+             nodeport-from-here6-over-3-sticky-by-source",
+        ),
+        ("endpoints4", "198.51.100.11 . tcp . 80 . 0x80000000 : 10.244.11.1 . 8080"),
+        ("sticky4", "10.96.0.11 . tcp . 80 comment \"shop/outside:http\" : goto remember4-10800s"),
+        ("sticky6", "fd00:96::11 . tcp . 80 comment \"shop/outside:http\" : goto remember6-10800s"),
+        ("sticky-nodeports4", "tcp . 30090 comment \"shop/outside:http\" : goto remember4-10800s"),
+        ("sticky-nodeports6", "tcp . 30090 comment \"shop/outside:http\" : goto remember6-10800s"),
+        (
+            "load-balancer-firewall4",
+            "203.0.113.11 . tcp . 80 comment \"shop/outside:http\" : goto lb-shop/outside",
+        ),
+        (
+            "load-balancer-firewall6",
+            "2001:db8:2::11 . tcp . 80 comment \"shop/outside:http\" : goto lb-shop/outside",
+        ),
+        ("ranges4-shop/outside", "10.0.0.0/8"),
+        ("ranges6-shop/outside", "2001:db8::/32"),
         ("allow4-shop/web", "10.128.0.0/10"),
         ("allow6-shop/web", "ffff::/16"),
         ("allow6-shop/world", "::/0"),
@@ -87,7 +146,11 @@ fn nft_reads_what_was_meant() {
             assert!(elements.iter().any(|e| e == expected), "{expected} in {set}: {elements:#?}");
         }
         let all: Vec<&str> = sets.keys().map(String::as_str).collect();
-        let known = |set: &&str| set.starts_with("allow") || table.iter().any(|(s, _)| s == set);
+        let known = |set: &&str| {
+            // Clients fill the one, and pods have either addresses or interfaces.
+            let other = ["allow", "affinity"].iter().any(|name| set.starts_with(name));
+            other || set.ends_with("interfaces") || table.iter().any(|(s, _)| s == set)
+        };
         assert!(all.iter().all(known), "add a line for each new set: {all:?}");
     });
 }
@@ -104,7 +167,7 @@ fn slots_may_be_any() {
         let mut plan = world.plans[0].clone();
         for pool in &mut plan.pools {
             let gone: Vec<_> = pool.backends.drain(0..2).map(|backend| backend.address).collect();
-            pool.local.retain(|address| !gone.contains(address));
+            pool.hairpins.retain(|address| !gone.contains(address));
         }
         let name = ServiceName::new("shop", "web");
         let change = portcullis::commit::Change::Service(name.clone(), Some(plan.clone()));
@@ -232,7 +295,19 @@ fn a_firewall_that_was_tampered_with_is_not_in_force() {
         ("delete element inet portcullis endpoints4 { 10.96.0.7 . tcp . 80 . 0x2 }", &[]),
         (
             "flush chain inet portcullis firewall-prerouting",
-            &["closed", "dns", "empty", "late", "nobody", "open", "unnamed", "web", "world"],
+            &[
+                "closed",
+                "dns",
+                "elsewhere",
+                "empty",
+                "late",
+                "nobody",
+                "open",
+                "outside",
+                "unnamed",
+                "web",
+                "world",
+            ],
         ),
     ];
     namespace.run(|| {
@@ -291,10 +366,12 @@ fn exposures_say_who_may_reach_what() {
         let expected = [
             ("closed", Access::Closed, true),
             ("dns", Access::Sources, true),
+            ("elsewhere", Access::Everyone, false),
             ("empty", Access::Everyone, false),
             ("late", Access::Everyone, false),
             ("nobody", Access::Nobody, true),
             ("open", Access::Everyone, false),
+            ("outside", Access::Everyone, false),
             ("unnamed", Access::Everyone, false),
             ("web", Access::Sources, true),
             ("world", Access::Sources, true),
@@ -490,15 +567,20 @@ impl Exposed {
         Exposed { name: "http", protocol: Protocol::Tcp, port: 80, node_port: None };
 }
 
+fn cidrs(texts: &[&str]) -> Vec<ipnet::IpNet> {
+    texts.iter().map(|text| text.parse().unwrap()).collect()
+}
+
 impl World {
     fn new() -> World {
         let node = NodeContext {
-            name: "here".into(),
             node: Node {
                 primary_addresses: vec![address("192.168.77.1"), address("fd00:77::1")],
-                diagnostics: vec![],
+                pod_cidrs: cidrs(&["10.244.0.0/24", "fd00:244::/64"]),
+                ..Node::default()
             },
-            nodeport_addresses: NodePortAddresses::Primary,
+            service_cidrs: cidrs(&["10.96.0.0/16", "fd00:96::/112"]),
+            ..NodeContext::new("here".into())
         };
         World { node, plans: Vec::new(), desired: Desired::default() }
     }
@@ -534,6 +616,21 @@ impl World {
             1,
             open(),
         );
+        let address = |text: &str| text.parse().unwrap();
+        world.add_with("outside", 11, &http(Some(30090)), 3, open(), |service| {
+            service.external_ips = vec![address("198.51.100.11"), address("2001:db8:1::11")];
+            service.load_balancer_ips = vec![address("203.0.113.11"), address("2001:db8:2::11")];
+            service.load_balancer_sources = allow("10.0.0.0/8, 2001:db8::/32");
+            service.internal_traffic = TrafficPolicy::Local;
+            service.external_traffic = TrafficPolicy::Local;
+            service.session_affinity = std::num::NonZeroU32::new(10_800);
+            service.balancing = Balancing::SourceHash;
+        });
+        world.add_with("elsewhere", 12, &http(Some(30091)), 3, open(), |service| {
+            service.load_balancer_ips = vec![address("203.0.113.12")];
+            service.external_traffic = TrafficPolicy::Local;
+            service.created = 99;
+        });
         world
     }
 
@@ -546,10 +643,21 @@ impl World {
         endpoints: u16,
         node_port_sources: SourceRestriction,
     ) {
+        self.add_with(name, number, ports, endpoints, node_port_sources, |_| {});
+    }
+
+    fn add_with(
+        &mut self,
+        name: &str,
+        number: u16,
+        ports: &[Exposed],
+        endpoints: u16,
+        node_port_sources: SourceRestriction,
+        change: impl FnOnce(&mut Service),
+    ) {
         let name = ServiceName::new("shop", name);
         let port = |number| NonZeroU16::new(number).unwrap();
-        let service = Service {
-            name: name.clone(),
+        let mut service = Service {
             created: number.into(),
             cluster_ips: vec![
                 address(&format!("10.96.0.{number}")),
@@ -565,8 +673,11 @@ impl World {
                 })
                 .collect(),
             node_port_sources,
-            diagnostics: vec![],
+            ..Service::new(name.clone())
         };
+        change(&mut service);
+        // `elsewhere` has no endpoint on this node.
+        let here = service.created != 99;
         let slices = Family::ALL.map(|family| EndpointSlice {
             name: SliceName { namespace: "shop".into(), name: "slice".into() },
             service: name.clone(),
@@ -581,12 +692,11 @@ impl World {
                 .collect(),
             endpoints: (1..=endpoints)
                 .map(|endpoint| Endpoint {
-                    address: match family {
+                    node: (endpoint == 1 && here).then(|| Arc::from("here")),
+                    ..Endpoint::new(match family {
                         Family::V4 => address(&format!("10.244.{number}.{endpoint}")),
                         Family::V6 => address(&format!("fd00:244:{number}::{endpoint}")),
-                    },
-                    readiness: Readiness::Ready,
-                    node: (endpoint == 1).then(|| Arc::from("here")),
+                    })
                 })
                 .collect(),
             diagnostics: vec![],

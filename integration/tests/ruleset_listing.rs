@@ -1,10 +1,15 @@
 //! The ruleset as the library prints it is what nft lists of the kernel.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::num::NonZeroU32;
 
 use anyhow::{Context, Result, ensure};
+use ipnet::IpNet;
 use portcullis::commit::Worker;
 use portcullis::model::Protocol::{self, Sctp, Tcp, Udp};
+use portcullis::model::{
+    Balancing, CidrSet, LocalTraffic, NodeContext, Service, SourceRestriction, TrafficPolicy,
+};
 use portcullis::ruleset::{Listing, render};
 use portcullis_integration::lab::Namespace;
 use portcullis_integration::requirement::{Requirement, available};
@@ -17,7 +22,13 @@ fn what_is_printed_is_what_nft_lists() {
     }
     let mut failed = Vec::new();
     for (name, cidrs, services) in worlds() {
-        if let Err(error) = compare(cidrs, &services) {
+        let compared = node(cidrs).and_then(|node| compare(&node, &services));
+        if let Err(error) = compared {
+            failed.push(format!("{name}: {error:#}"));
+        }
+    }
+    for (name, node) in nodes() {
+        if let Err(error) = compare(&node, &several()) {
             failed.push(format!("{name}: {error:#}"));
         }
     }
@@ -78,10 +89,101 @@ fn worlds() -> Vec<World> {
             vec![dual().to(endpoints).allow(sources)],
         ));
     }
+    worlds.extend(policies().map(|(name, change)| {
+        let everything = dual().to(&endpoints[..1]).local(&endpoints[1..]);
+        (format!("policies: {name}"), ALL, vec![everything.with(change)])
+    }));
     for count in (1..=8).chain([100]) {
         worlds.push((format!("{count} endpoints"), ALL, vec![spread(count)]));
     }
     worlds
+}
+
+type Change = fn(&mut Service);
+
+/// Everything that a Service can say about its traffic.
+fn policies() -> impl Iterator<Item = (&'static str, Change)> {
+    fn external(service: &mut Service) {
+        let address = |text: &str| text.parse().expect("an address");
+        service.external_ips = vec![address("198.51.100.1"), address("2001:db8::1")];
+        service.load_balancer_ips = vec![address("203.0.113.1"), address("2001:db8:1::1")];
+    }
+    let changes: [(&'static str, Change); 9] = [
+        ("external addresses", external),
+        ("internal Local", |s| s.internal_traffic = TrafficPolicy::Local),
+        ("external Local", |s| {
+            external(s);
+            s.external_traffic = TrafficPolicy::Local;
+        }),
+        ("affinity", |s| {
+            external(s);
+            s.session_affinity = NonZeroU32::new(10_800);
+        }),
+        ("affinity for an odd time", |s| s.session_affinity = NonZeroU32::new(86_399)),
+        ("affinity for a second", |s| s.session_affinity = NonZeroU32::new(1)),
+        ("by source", |s| {
+            external(s);
+            s.balancing = Balancing::SourceHash;
+        }),
+        ("everything Local and sticky and by source", |s| {
+            external(s);
+            s.internal_traffic = TrafficPolicy::Local;
+            s.external_traffic = TrafficPolicy::Local;
+            s.session_affinity = NonZeroU32::new(3600);
+            s.balancing = Balancing::SourceHash;
+        }),
+        ("source ranges", |s| {
+            external(s);
+            let ranges = CidrSet::parse("10.0.0.0/8, 2001:db8:2::/48").expect("CIDRs");
+            s.load_balancer_sources = SourceRestriction::Allow(ranges);
+        }),
+    ];
+    changes.into_iter()
+}
+
+/// Everything that a node can be known by.
+fn nodes() -> Vec<(&'static str, NodeContext)> {
+    let with = |change: fn(&mut NodeContext)| {
+        let mut node = NodeContext::new("node".into());
+        change(&mut node);
+        node
+    };
+    vec![
+        (
+            "pods by the node's CIDRs",
+            with(|node| {
+                node.node.pod_cidrs = cidrs(&["10.244.1.0/24", "fd00:10:244:1::/64"]);
+                node.service_cidrs = cidrs(&["10.96.0.0/16", "fd00:10:96::/112"]);
+            }),
+        ),
+        (
+            "pods by the cluster's CIDRs",
+            with(|node| node.local_traffic = LocalTraffic::Cidrs(cidrs(&["10.244.0.0/16"]))),
+        ),
+        (
+            "pods by their bridge",
+            with(|node| node.local_traffic = LocalTraffic::Bridge("cni0".into())),
+        ),
+        (
+            "pods by the longest name there is",
+            with(|node| node.local_traffic = LocalTraffic::Bridge("abcdefghijklmno".into())),
+        ),
+        (
+            "pods by the prefix of their interfaces",
+            with(|node| node.local_traffic = LocalTraffic::InterfacePrefix("cali".into())),
+        ),
+        (
+            "everything masqueraded",
+            with(|node| {
+                node.local_traffic = LocalTraffic::InterfacePrefix("v".into());
+                node.masquerade_all = true;
+            }),
+        ),
+    ]
+}
+
+fn cidrs(texts: &[&str]) -> Vec<IpNet> {
+    texts.iter().map(|text| text.parse().expect("a CIDR")).collect()
 }
 
 /// A Service with this many endpoints in each family.
@@ -121,13 +223,12 @@ fn several() -> Vec<Sketch> {
 }
 
 /// Writes a world into a fresh namespace and compares both texts.
-fn compare(cidrs: &[&str], services: &[Sketch]) -> Result<()> {
+fn compare(node: &NodeContext, services: &[Sketch]) -> Result<()> {
     let namespace = Namespace::new("listing")?;
-    let node = node(cidrs)?;
     // The worker lives until nft has listed its table.
     let worker = namespace.enter(|| -> Result<Worker> {
         let mut worker = Worker::open(|_| {})?;
-        worker.adopt(&node, services.iter().map(Sketch::plan).collect())?;
+        worker.adopt(node, services.iter().map(Sketch::plan).collect())?;
         ensure!(!worker.has_refused(), "refused: {worker:?}");
         Ok(worker)
     })?;

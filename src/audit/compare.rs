@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::read::Observed;
 use super::table::{Chain, Element, Rule, Set, Table};
-use crate::ruleset::{Contribution, TABLE};
+use crate::ruleset::{Contribution, LOCAL_SLOTS, TABLE};
 
 /// One thing in the kernel that is not as it should be.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -133,6 +133,9 @@ impl Differences {
             let (expected, found) = (expected.definition.clone(), found.definition.clone());
             self.add(Object::Set, name, None, Some(expected), Some(found));
         }
+        if expected.is_filled_by_rules() {
+            return;
+        }
         if !expected.has_slots() {
             return self.elements(name, &expected.elements, &found.elements);
         }
@@ -189,30 +192,31 @@ fn settle(
     expected: &BTreeMap<String, Element>,
     found: &BTreeMap<String, Element>,
 ) -> BTreeMap<String, Element> {
-    let mut there: BTreeMap<&str, Vec<(usize, &Element)>> = BTreeMap::new();
+    let mut there: BTreeMap<List<'_>, Vec<(u32, &Element)>> = BTreeMap::new();
     for (key, element) in found {
-        if let Some((frontend, slot)) = split_slot(key) {
-            there.entry(frontend).or_default().push((slot, element));
+        if let Some((list, place)) = split_slot(key) {
+            there.entry(list).or_default().push((place, element));
         }
     }
-    let mut wanted: BTreeMap<&str, Vec<&Element>> = BTreeMap::new();
+    let mut wanted: BTreeMap<List<'_>, Vec<&Element>> = BTreeMap::new();
     for (key, element) in expected {
-        let (frontend, _) = split_slot(key).expect("we gave every key a slot");
-        wanted.entry(frontend).or_default().push(element);
+        let (list, _) = split_slot(key).expect("we gave every key a slot");
+        wanted.entry(list).or_default().push(element);
     }
     let mut settled = BTreeMap::new();
-    for (frontend, wanted) in wanted {
+    for (list, wanted) in wanted {
         let mut slots: Vec<Option<&Element>> = vec![None; wanted.len()];
         let mut homeless: BTreeMap<Option<&str>, Vec<&Element>> = BTreeMap::new();
         for element in wanted {
             homeless.entry(element.value.as_deref()).or_default().push(element);
         }
-        for (slot, element) in there.get(frontend).into_iter().flatten() {
-            let Some(place) = slots.get_mut(*slot) else { continue };
+        for (place, element) in there.get(&list).into_iter().flatten() {
+            let Some(place) = slots.get_mut(*place as usize) else { continue };
             *place = homeless.get_mut(&element.value.as_deref()).and_then(Vec::pop);
         }
         let mut homeless = homeless.into_values().flatten();
-        for (slot, element) in slots.into_iter().enumerate() {
+        let (frontend, first) = list;
+        for (slot, element) in (first..).zip(slots) {
             let element = element.or_else(|| homeless.next()).expect("as many as slots");
             settled.insert(format!("{frontend} . {slot:#010x}"), element.clone());
         }
@@ -220,10 +224,15 @@ fn settle(
     settled
 }
 
-/// Frontend and slot of a key of an endpoint.
-fn split_slot(key: &str) -> Option<(&str, usize)> {
+/// One of the lists of endpoints of a frontend: the frontend, and the first slot.
+type List<'a> = (&'a str, u32);
+
+/// The list that an endpoint is in by its key, and its place there.
+fn split_slot(key: &str) -> Option<(List<'_>, u32)> {
     let (frontend, slot) = key.rsplit_once(" . ")?;
-    Some((frontend, usize::from_str_radix(slot.strip_prefix("0x")?, 16).ok()?))
+    let slot = u32::from_str_radix(slot.strip_prefix("0x")?, 16).ok()?;
+    let first = slot & LOCAL_SLOTS;
+    Some(((frontend, first), slot - first))
 }
 
 /// The positions, in both lists, of the longest sequence of rules that they have in common.

@@ -3,6 +3,7 @@
 //! Only what our rules are made of is printed; everything else comes out as the JSON that it was,
 //! and so differs from any rule of ours.
 
+use crate::ruleset::duration;
 use nftables::expr::{BinaryOperation, Expression, NamedExpression, NgMode, Payload, Verdict};
 use nftables::stmt::{Counter, JumpTarget, Match, NAT, NATFamily, Operator, RejectType, Statement};
 use nftables::types::RejectCode;
@@ -20,6 +21,12 @@ pub(super) fn rule(statements: Vec<Value>, comment: Option<&str>) -> Rule {
 
 fn statement(mut json: Value, counts: &mut Vec<Count>) -> String {
     normalise(&mut json);
+    if let Value::String(text) = &json {
+        return printed_statement(text);
+    }
+    if let Some(text) = json.get("map").and_then(map_statement) {
+        return text;
+    }
     let statement: Option<Statement> = serde_json::from_value(json.clone()).ok();
     // A field that the crate does not know would be lost: then it would not write what it read.
     let understood = statement.filter(|statement| {
@@ -28,6 +35,39 @@ fn statement(mut json: Value, counts: &mut Vec<Count>) -> String {
         again == json
     });
     understood.and_then(|s| statement_text(&s, counts)).unwrap_or_else(|| json.to_string())
+}
+
+/// A statement that nft has no JSON for (1.0.6: those that add to maps): it gives the line that it
+/// prints, but with times in seconds.
+fn printed_statement(text: &str) -> String {
+    let mut words: Vec<String> = text.split(' ').map(ToOwned::to_owned).collect();
+    for index in 1..words.len() {
+        if words[index - 1] == "timeout"
+            && let Some(Ok(seconds)) = words[index].strip_suffix('s').map(str::parse)
+        {
+            words[index] = duration(seconds);
+        }
+    }
+    words.join(" ")
+}
+
+/// `update @MAP { KEY timeout TIMEOUT : DATA }`, which the crate does not know.
+fn map_statement(json: &Value) -> Option<String> {
+    let fields = json.as_object()?;
+    if fields.len() != 4 {
+        return None;
+    }
+    let expression = |name| serde_json::from_value::<Expression>(fields.get(name)?.clone()).ok();
+    let (operation, map) = (fields.get("op")?.as_str()?, fields.get("map")?.as_str()?);
+    let data = text(&expression("data")?)?;
+    let (key, timeout) = match expression("elem")? {
+        Expression::Named(NamedExpression::Elem(elem)) => {
+            let timeout = elem.timeout.map(|seconds| format!(" timeout {}", duration(seconds)));
+            (text(&elem.val)?, timeout.unwrap_or_default())
+        }
+        key => (text(&key)?, String::new()),
+    };
+    Some(format!("{operation} {map} {{ {key}{timeout} : {data} }}"))
 }
 
 /// Makes alike what nft versions write differently, and what the crate reads one way only: a single
@@ -167,6 +207,7 @@ enum Kind {
     CtStatus,
     AddressType,
     Protocol,
+    Family,
 }
 
 impl Kind {
@@ -177,6 +218,7 @@ impl Kind {
                 MetaKey::Mark => Kind::Mark,
                 MetaKey::Iifname | MetaKey::Oifname => Kind::InterfaceName,
                 MetaKey::L4proto => Kind::Protocol,
+                MetaKey::Nfproto => Kind::Family,
                 _ => Kind::Plain,
             },
             Expression::Named(NamedExpression::CT(ct)) => match &*ct.key {
@@ -200,7 +242,9 @@ impl Kind {
 
 fn value(expression: &Expression, kind: Kind) -> Option<String> {
     Some(match expression {
-        Expression::String(name) if kind == Kind::InterfaceName => format!("\"{name}\""),
+        Expression::String(name) if kind == Kind::InterfaceName && !name.starts_with('@') => {
+            format!("\"{name}\"")
+        }
         Expression::String(name) => name.clone().into_owned(),
         Expression::Number(number) => number_text(*number, kind)?,
         Expression::List(items) => {
@@ -254,6 +298,8 @@ fn number_text(number: u32, kind: Kind) -> Option<String> {
             (8, "prohibit"),
         ]),
         Kind::Protocol => Some(protocol(number)),
+        // NFPROTO_*, include/uapi/linux/netfilter.h
+        Kind::Family => name(&[(2, "ipv4"), (10, "ipv6")]),
     }
 }
 
@@ -307,6 +353,12 @@ fn named_text(named: &NamedExpression) -> Option<String> {
             let offset = numgen.offset.filter(|offset| *offset != 0);
             let offset = offset.map(|offset| format!(" offset {offset}")).unwrap_or_default();
             format!("numgen {mode} mod {}{offset}", numgen.ng_mod)
+        }
+        NamedExpression::JHash(hash) => {
+            let seed = hash.seed.map(|seed| format!(" seed {seed:#x}")).unwrap_or_default();
+            let offset = hash.offset.filter(|offset| *offset != 0);
+            let offset = offset.map(|offset| format!(" offset {offset}")).unwrap_or_default();
+            format!("jhash {} mod {}{seed}{offset}", text(&hash.expr)?, hash.hash_mod)
         }
         NamedExpression::Fib(fib) => {
             let mut flags = fib.flags.iter().map(word).collect::<Option<Vec<_>>>()?;

@@ -247,6 +247,8 @@ fn read_set(body: &RawValue) -> Option<Set> {
         Value::Array(flags) => flags.into_iter().map(|flag| word(&flag)).collect(),
         other => vec![other.to_string()],
     };
+    // nft 1.0.6 keeps to itself that rules add elements, but names the timeout that goes with it.
+    flags.retain(|flag| flag != "dynamic");
     flags.sort();
     if !flags.is_empty() {
         let _ = write!(definition, " flags {}", flags.join(","));
@@ -417,7 +419,7 @@ mod tests {
             ),
             (
                 r#"{"type": ["mark", "mark"], "flags": ["timeout", "dynamic"], "timeout": 30}"#,
-                Some("type mark . mark flags dynamic,timeout timeout 30"),
+                Some("type mark . mark flags timeout timeout 30"),
             ),
             (r#"{"type": "mark", "map": "verdict"}"#, Some("type mark : verdict")),
             (

@@ -88,12 +88,12 @@ impl Table {
         }
         for contribution in contributions {
             let contribution = contribution.borrow();
-            if let Some(firewall) = contribution.firewall() {
+            for firewall in contribution.firewalls() {
                 firewall.sets().iter().for_each(|set| table.add_set(set));
                 table.add_chain(firewall.name(), &firewall.rules());
             }
-            for balancer in contribution.balancers() {
-                table.add_chain(balancer.name(), &[balancer.rule()]);
+            for chain in contribution.shared_chains() {
+                table.add_chain(chain.name(), &chain.rules());
             }
             contribution.elements(|element| table.add_element(&element));
             for address in contribution.hairpins() {
@@ -128,6 +128,13 @@ impl Set {
     pub fn has_slots(&self) -> bool {
         let key = self.definition.split(" : ").next().unwrap_or_default();
         key.rsplit(" . ").next() == Some(Field::Slot.type_name())
+    }
+}
+
+impl Set {
+    /// Whether rules fill it, so that it holds what clients did.
+    pub fn is_filled_by_rules(&self) -> bool {
+        self.definition.contains(" flags timeout")
     }
 }
 
@@ -171,6 +178,11 @@ fn base_chain_text(chain: &BaseChain) -> Option<String> {
 }
 
 fn definition(spec: &SetSpec) -> String {
-    let flags = if spec.interval { " flags interval" } else { "" };
-    format!("type {}{flags}", spec.type_text())
+    let flags = match (spec.interval, spec.dynamic) {
+        (true, _) => " flags interval",
+        (false, true) => " flags timeout",
+        (false, false) => "",
+    };
+    let size = spec.size().map(|size| format!(" size {size}")).unwrap_or_default();
+    format!("type {}{flags}{size}", spec.type_text())
 }

@@ -4,7 +4,7 @@
 
 use super::*;
 use crate::model::{
-    Backend, CidrSet, Family, Node, NodePortAddresses, Protocol, Seniority, ServiceName,
+    Backend, Balancing, CidrSet, Family, Node, Protocol, Seniority, ServiceName, TrafficPolicy,
 };
 use crate::plan::{Firewall, Frontend, NodePort, Pool, Sources};
 
@@ -408,12 +408,11 @@ fn an_audit_as_json() {
 /// without endpoints, and asks for a node port that is taken.
 fn world() -> (Desired, NodeContext) {
     let node = NodeContext {
-        name: "here".into(),
         node: Node {
             primary_addresses: vec!["192.168.77.1".parse().unwrap(), "fd00:77::1".parse().unwrap()],
-            diagnostics: vec![],
+            ..Node::default()
         },
-        nodeport_addresses: NodePortAddresses::Primary,
+        ..NodeContext::new("here".into())
     };
     let sources = CidrSet::parse("192.0.2.0/24, 198.51.100.7, 2001:db8::/32").unwrap();
     let mut web = plan("web", 1, &Family::ALL, &[30080], 2);
@@ -460,7 +459,13 @@ fn plan(
                 protocol: Protocol::Tcp,
                 frontends: vec![service_ip, Frontend::NodePort { port: *node_port }],
                 backends: (1..=endpoints).map(backend).collect(),
-                local: (1..=endpoints).take(1).map(|e| endpoint(family, e)).collect(),
+                local_backends: Vec::new(),
+                any: endpoints > 0,
+                internal_traffic: TrafficPolicy::Cluster,
+                external_traffic: TrafficPolicy::Cluster,
+                affinity: None,
+                balancing: Balancing::Random,
+                hairpins: (1..=endpoints).take(1).map(|e| endpoint(family, e)).collect(),
             });
         }
     }
@@ -469,6 +474,7 @@ fn plan(
         cluster_ips: families.iter().map(|family| service_ip(*family)).collect(),
         pools,
         firewall: None,
+        load_balancer_firewall: None,
         diagnostics: vec![],
     }
 }

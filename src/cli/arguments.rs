@@ -134,6 +134,19 @@ pub struct NodeOptions {
     /// list of CIDRs for all of its addresses in them.
     #[arg(long, value_name = "primary|CIDR,...", default_value = "primary", value_parser = nodeport_addresses)]
     pub nodeport_addresses: NodePortAddresses,
+    /// Pods have addresses in these CIDRs [default: the Node's spec.podCIDRs are those of the pods
+    /// here]. Whoever else connects to a ClusterIP is masqueraded.
+    #[arg(long, value_name = "CIDR,...", value_delimiter = ',', group = "local")]
+    pub cluster_cidr: Vec<IpNet>,
+    /// Connections that come from this bridge are those of the pods here.
+    #[arg(long, value_name = "NAME", group = "local", value_parser = interface)]
+    pub pod_bridge_interface: Option<String>,
+    /// Connections that come from interfaces whose names begin so are those of the pods here.
+    #[arg(long, value_name = "PREFIX", group = "local", value_parser = interface)]
+    pub pod_interface_name_prefix: Option<String>,
+    /// Masquerade every connection to a ClusterIP.
+    #[arg(long)]
+    pub masquerade_all: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -150,6 +163,13 @@ pub enum Output {
     Text,
     /// For programs.
     Json,
+}
+
+/// The name of an interface, or how one begins (`IFNAMSIZ`, `dev_valid_name` of the kernel).
+fn interface(text: &str) -> Result<String, String> {
+    let valid = (1..16).contains(&text.len())
+        && text.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'/' && byte != b':');
+    if valid { Ok(text.to_owned()) } else { Err("not the name of an interface".to_owned()) }
 }
 
 fn nodeport_addresses(text: &str) -> Result<NodePortAddresses, String> {

@@ -12,7 +12,8 @@ use super::{Verdict, print};
 /// there are any.
 pub fn cleanup() -> anyhow::Result<Verdict> {
     let mut socket = Socket::open().map_err(explain)?;
-    if socket.dump_table(TABLE).map_err(explain)?.is_none() {
+    let listed = socket.at_one_moment(|socket| socket.list_table(TABLE, |_, _| true));
+    if listed.map_err(explain)?.is_none() {
         print(&format!("table inet {TABLE}: not there, nothing to remove\n"))?;
         return Ok(Verdict::Fine);
     }

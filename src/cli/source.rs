@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use kube::config::{KubeConfigOptions, Kubeconfig};
+use portcullis::model::LocalTraffic;
 use portcullis::watch::Options;
 
 use super::arguments::{NodeOptions, SourceOptions};
@@ -28,7 +29,23 @@ pub fn options(arguments: &NodeOptions) -> anyhow::Result<Options> {
     Ok(Options {
         node_name: node_name.into(),
         nodeport_addresses: arguments.nodeport_addresses.clone(),
+        local_traffic: local_traffic(arguments),
+        masquerade_all: arguments.masquerade_all,
     })
+}
+
+/// How pods of this node are known. The flags exclude each other.
+fn local_traffic(arguments: &NodeOptions) -> LocalTraffic {
+    if !arguments.cluster_cidr.is_empty() {
+        return LocalTraffic::Cidrs(arguments.cluster_cidr.clone());
+    }
+    let bridge = arguments.pod_bridge_interface.as_deref();
+    let bridge = bridge.map(|name| LocalTraffic::Bridge(name.into()));
+    let prefix = || {
+        let prefix = arguments.pod_interface_name_prefix.as_deref();
+        prefix.map(|prefix| LocalTraffic::InterfacePrefix(prefix.into()))
+    };
+    bridge.or_else(prefix).unwrap_or_default()
 }
 
 /// Opens the source that the flags name.

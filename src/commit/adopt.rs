@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 
 use super::applied::{
-    Applied, add_balancer, add_element, add_firewall, add_rule, delete_element, delete_firewall,
-    tag,
+    Applied, add_element, add_firewall, add_rule, add_shared_chain, delete_element,
+    delete_firewall, tag,
 };
 use super::listing::{Endpoints, Listing, backend, is_ours, with_slot, without_slot};
 use crate::model::{Backend, Family};
@@ -15,8 +15,9 @@ use crate::netlink::{
 };
 use crate::plan::Pool;
 use crate::ruleset::{
-    BASE_CHAINS, Balancer, Contribution, Element, ElementKey, FirewallChain, KeyBytes, RuleSpec,
-    SetName, Subject, Value, base_rules, endpoint_key, hairpin_element, layout_comment,
+    BASE_CHAINS, Contribution, Element, ElementKey, EndpointLists, FirewallChain, KeyBytes,
+    PoolSlots, RuleSpec, SetName, SharedChain, Subject, Value, base_rules, endpoint_lists,
+    hairpin_element, layout_comment,
 };
 
 /// What the kernel holds, in our terms.
@@ -54,7 +55,7 @@ impl Found {
             if !same_types(&set, &id.spec().netlink(&name)) {
                 return None;
             }
-            if let SetName::Allow(..) = id {
+            if let SetName::Allow(..) | SetName::Ranges(..) = id {
                 found.allow_sets.insert(name);
             }
             for element in set.elements {
@@ -77,8 +78,8 @@ impl Found {
     fn only_ours(&self) -> bool {
         let mut sets = self.allow_sets.clone();
         for (name, chain) in &self.chains {
-            if let Some(balancer) = balancer(name) {
-                if !same_hook(chain, None) || !same_rules(chain, &[balancer.rule()]) {
+            if let Some(shared) = SharedChain::parse(name) {
+                if !same_hook(chain, None) || !same_rules(chain, &shared.rules()) {
                     return false;
                 }
             } else if let Some(firewall) = firewall(name) {
@@ -94,16 +95,26 @@ impl Found {
         sets.is_empty()
     }
 
-    /// The backends of `pool` in the order of their slots, as one of its frontends has them.
-    pub fn slots_of(&self, pool: &Pool) -> Option<Vec<Backend>> {
-        let frontend = pool.frontends.first()?;
-        let (address, _) = without_slot(&endpoint_key(pool, frontend, 0))?;
-        if let Some(slots) = self.endpoints.get(&address) {
+    /// The backends of `pool` in the order of their slots, as its frontends have them.
+    pub fn slots_of(&self, pool: &Pool) -> Option<PoolSlots> {
+        let lists: Vec<_> = pool.frontends.iter().map(|f| endpoint_lists(pool, f)).collect();
+        let read = |which: fn(&EndpointLists) -> Option<u32>| {
+            lists.iter().find_map(|list| self.list(pool.family, list, which(list)?))
+        };
+        let (cluster, local) = (read(|list| list.cluster), read(|list| list.local));
+        (cluster.is_some() || local.is_some()).then(|| PoolSlots {
+            cluster: cluster.unwrap_or_default(),
+            local: local.unwrap_or_default(),
+        })
+    }
+
+    fn list(&self, family: Family, list: &EndpointLists, first: u32) -> Option<Vec<Backend>> {
+        if let Some(slots) = self.endpoints.get(&(list.map.clone(), list.key, first)) {
             return slots.iter().copied().collect();
         }
-        let slots: Vec<Backend> = (0..)
-            .map_while(|slot| match self.elements.get(&endpoint_key(pool, frontend, slot))? {
-                (Some(Data::Value(value)), _) => backend(pool.family, value),
+        let slots: Vec<Backend> = (first..)
+            .map_while(|slot| match self.elements.get(&with_slot(&list.map, &list.key, slot))? {
+                (Some(Data::Value(value)), _) => backend(family, value),
                 _ => None,
             })
             .collect();
@@ -116,25 +127,25 @@ impl Found {
         for (index, (_, contribution)) in contributions.iter().enumerate() {
             let Some(contribution) = contribution else { continue };
             batch.set_tag(tag(index));
-            if let Some(firewall) = contribution.firewall()
-                && self.chains.remove(&firewall.name()).is_none()
-            {
-                add_firewall(batch, &firewall);
+            for firewall in contribution.firewalls() {
+                if self.chains.remove(&firewall.name()).is_none() {
+                    add_firewall(batch, &firewall);
+                }
             }
             contribution.elements(|element| self.element(&element, batch));
             hairpins.extend(contribution.hairpins().into_iter().map(|address| (address, index)));
         }
-        let needed: BTreeMap<Balancer, usize> = contributions
+        let needed: BTreeMap<SharedChain, usize> = contributions
             .iter()
             .enumerate()
             .flat_map(|(index, (_, c))| {
-                c.iter().flat_map(Contribution::balancers).map(move |b| (b, index))
+                c.iter().flat_map(Contribution::shared_chains).map(move |chain| (chain, index))
             })
             .collect();
-        for (balancer, index) in &needed {
+        for (chain, index) in &needed {
             batch.set_tag(tag(*index));
-            if self.chains.remove(&balancer.name()).is_none() {
-                add_balancer(batch, *balancer);
+            if self.chains.remove(&chain.name()).is_none() {
+                add_shared_chain(batch, chain);
             }
         }
         for (address, index) in hairpins {
@@ -170,8 +181,8 @@ impl Found {
 
     /// The endpoint with this key, if it was read by its slot.
     fn endpoint(&mut self, key: &ElementKey) -> Option<&mut Option<Backend>> {
-        let (address, slot) = without_slot(key)?;
-        self.endpoints.get_mut(&address)?.get_mut(slot)
+        let (list, slot) = without_slot(key)?;
+        self.endpoints.get_mut(&list)?.get_mut(slot)
     }
 
     fn delete_the_rest(self, batch: &mut Batch) {
@@ -188,8 +199,8 @@ impl Found {
         for key in self.elements.keys().filter(|key| !going.contains(&key.set)) {
             delete_element(batch, key);
         }
-        for ((map, address), slots) in &self.endpoints {
-            for (slot, _) in slots.iter().enumerate().filter(|(_, backend)| backend.is_some()) {
+        for ((map, address, first), slots) in &self.endpoints {
+            for (slot, _) in (*first..).zip(slots).filter(|(_, backend)| backend.is_some()) {
                 delete_element(batch, &with_slot(map, address, slot));
             }
         }
@@ -275,7 +286,7 @@ fn same_types(found: &SetDump, expected: &netlink::Set<'_>) -> bool {
 
 fn same_data(value: &Value, data: Option<&Data>) -> bool {
     match (value, data) {
-        (Value::None, None) => true,
+        (Value::None, None) | (Value::Drop, Some(Data::Verdict(Verdict::Drop))) => true,
         (Value::Endpoint(bytes), Some(Data::Value(found))) => bytes.as_slice() == found,
         (Value::Goto(chain), Some(Data::Verdict(Verdict::Goto(found)))) => chain.name() == *found,
         _ => false,
@@ -289,32 +300,23 @@ fn is_backend(element: &Element, held: &Backend) -> bool {
     element.comment.is_none() && backend(family, bytes.as_slice()).as_ref() == Some(held)
 }
 
-/// The balancing chain with this name.
-pub(super) fn balancer(name: &str) -> Option<Balancer> {
-    use crate::ruleset::FrontendKind::{NodePort, ServiceIp};
-    let (head, endpoints) = name.split_once("-over-")?;
-    let endpoints = endpoints.parse().ok().filter(|endpoints| *endpoints > 0)?;
-    let (kind, family) = match head {
-        "service4" => (ServiceIp, Family::V4),
-        "service6" => (ServiceIp, Family::V6),
-        "nodeport4" => (NodePort, Family::V4),
-        "nodeport6" => (NodePort, Family::V6),
-        _ => return None,
-    };
-    let balancer = Balancer { kind, family, endpoints };
-    (balancer.name() == name).then_some(balancer)
-}
-
 /// The firewall chain with this name.
 fn firewall(name: &str) -> Option<FirewallChain> {
-    Some(FirewallChain { service: service(name.strip_prefix("fw-")?)? })
+    if let Some(name) = name.strip_prefix("fw-") {
+        return Some(FirewallChain::of_node_ports(service(name)?));
+    }
+    Some(FirewallChain::of_load_balancer(service(name.strip_prefix("lb-")?)?))
 }
 
 /// The set of allowed sources with this name.
 fn allow_set(name: &str) -> Option<SetName> {
-    let rest = name.strip_prefix("allow")?;
-    let family = Family::ALL.into_iter().find(|family| rest.starts_with(family.digit()))?;
-    Some(SetName::Allow(family, service(rest[1..].strip_prefix('-')?)?))
+    type OfService = fn(Family, crate::model::ServiceName) -> SetName;
+    let kinds: [(&str, OfService); 2] = [("allow", SetName::Allow), ("ranges", SetName::Ranges)];
+    kinds.into_iter().find_map(|(head, set)| {
+        let rest = name.strip_prefix(head)?;
+        let family = Family::ALL.into_iter().find(|family| rest.starts_with(family.digit()))?;
+        Some(set(family, service(rest[1..].strip_prefix('-')?)?))
+    })
 }
 
 fn service(name: &str) -> Option<crate::model::ServiceName> {

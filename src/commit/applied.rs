@@ -6,7 +6,8 @@ use std::net::IpAddr;
 
 use crate::netlink::{self, Batch, Tag};
 use crate::ruleset::{
-    Balancer, Contribution, Element, ElementKey, FirewallChain, Subject, Value, hairpin_element,
+    Contribution, Element, ElementKey, FirewallChain, SetName, SharedChain, Subject, Value,
+    hairpin_element,
 };
 
 /// What every subject has in the kernel, as of the last transaction that succeeded. Stale when
@@ -16,8 +17,8 @@ pub struct Applied {
     contributions: HashMap<Subject, Contribution>,
     /// How many contributions need the hairpin element of an address.
     hairpins: HashMap<IpAddr, usize>,
-    /// How many contributions need a balancing chain.
-    balancers: HashMap<Balancer, usize>,
+    /// How many contributions need a chain.
+    chains: HashMap<SharedChain, usize>,
 }
 
 /// A step to the next state: nothing of it is true until its transaction has succeeded.
@@ -25,7 +26,7 @@ pub struct Applied {
 pub(super) struct Step {
     changes: Vec<(Subject, Option<Contribution>)>,
     hairpins: HashMap<IpAddr, isize>,
-    balancers: HashMap<Balancer, isize>,
+    chains: HashMap<SharedChain, isize>,
 }
 
 impl Applied {
@@ -37,8 +38,8 @@ impl Applied {
             for address in contribution.hairpins() {
                 *applied.hairpins.entry(address).or_default() += 1;
             }
-            for balancer in contribution.balancers() {
-                *applied.balancers.entry(balancer).or_default() += 1;
+            for chain in contribution.shared_chains() {
+                *applied.chains.entry(chain).or_default() += 1;
             }
             applied.contributions.insert(subject, contribution);
         }
@@ -67,8 +68,8 @@ impl Applied {
         changes: Vec<(Subject, Option<Contribution>)>,
         batch: &mut Batch,
     ) -> Step {
-        let (hairpins, balancers) = self.write(&changes, batch);
-        Step { changes, hairpins, balancers }
+        let (hairpins, chains) = self.write(&changes, batch);
+        Step { changes, hairpins, chains }
     }
 
     /// [`Applied::stage`] without the step: what it changes in the counts.
@@ -76,10 +77,10 @@ impl Applied {
         &self,
         changes: &[(Subject, Option<Contribution>)],
         batch: &mut Batch,
-    ) -> (HashMap<IpAddr, isize>, HashMap<Balancer, isize>) {
+    ) -> (HashMap<IpAddr, isize>, HashMap<SharedChain, isize>) {
         // In an order of their own, so that the same change is the same transaction.
         let mut hairpins: BTreeMap<IpAddr, (isize, Tag)> = BTreeMap::new();
-        let mut balancers: BTreeMap<Balancer, (isize, Tag)> = BTreeMap::new();
+        let mut chains: BTreeMap<SharedChain, (isize, Tag)> = BTreeMap::new();
         for (index, (subject, next)) in changes.iter().enumerate() {
             let tag = tag(index);
             let (old, next) = (self.contributions.get(subject), next.as_ref());
@@ -87,18 +88,18 @@ impl Applied {
                 continue;
             }
             batch.set_tag(tag);
-            firewall(old, next, batch);
+            firewalls(old, next, batch);
             elements(old, next, batch);
             count(&mut hairpins, old.map(Contribution::hairpins), -1, tag);
             count(&mut hairpins, next.map(Contribution::hairpins), 1, tag);
-            count(&mut balancers, old.map(Contribution::balancers), -1, tag);
-            count(&mut balancers, next.map(Contribution::balancers), 1, tag);
+            count(&mut chains, old.map(Contribution::shared_chains), -1, tag);
+            count(&mut chains, next.map(Contribution::shared_chains), 1, tag);
         }
-        for (balancer, (delta, tag)) in &balancers {
+        for (chain, (delta, tag)) in &chains {
             batch.set_tag(*tag);
-            match turn(self.balancers.get(balancer), *delta) {
-                Turn::Comes => add_balancer(batch, *balancer),
-                Turn::Goes => batch.delete_chain(&balancer.name()),
+            match turn(self.chains.get(chain), *delta) {
+                Turn::Comes => add_shared_chain(batch, chain),
+                Turn::Goes => batch.delete_chain(&chain.name()),
                 Turn::Stays => {}
             }
         }
@@ -112,7 +113,7 @@ impl Applied {
         }
         (
             hairpins.into_iter().map(|(key, (delta, _))| (key, delta)).collect(),
-            balancers.into_iter().map(|(key, (delta, _))| (key, delta)).collect(),
+            chains.into_iter().map(|(key, (delta, _))| (key, delta)).collect(),
         )
     }
 
@@ -125,7 +126,7 @@ impl Applied {
             };
         }
         settle(&mut self.hairpins, step.hairpins);
-        settle(&mut self.balancers, step.balancers);
+        settle(&mut self.chains, step.chains);
     }
 }
 
@@ -146,10 +147,12 @@ pub(super) fn tag(index: usize) -> Tag {
     Tag::try_from(index).expect("fewer than 2^32 subjects")
 }
 
-pub(super) fn add_balancer(batch: &mut Batch, balancer: Balancer) {
-    let name = balancer.name();
+pub(super) fn add_shared_chain(batch: &mut Batch, chain: &SharedChain) {
+    let name = chain.name();
     batch.add_chain(&netlink::Chain { name: &name, hooked: None, comment: None });
-    add_rule(batch, &name, &balancer.rule());
+    for rule in chain.rules() {
+        add_rule(batch, &name, &rule);
+    }
 }
 
 pub(super) fn add_firewall(batch: &mut Batch, firewall: &FirewallChain) {
@@ -183,6 +186,7 @@ pub(super) fn add_element(batch: &mut Batch, element: &Element) {
             goto = chain.name();
             Some(netlink::ElementData::Goto(&goto))
         }
+        Value::Drop => Some(netlink::ElementData::Drop),
     };
     let description = netlink::Element {
         end: element.key.end.as_ref().map(crate::ruleset::KeyBytes::as_slice),
@@ -201,36 +205,39 @@ pub(super) fn delete_element(batch: &mut Batch, key: &ElementKey) {
     batch.delete_element(&key.set.name(), &description);
 }
 
-fn firewall(old: Option<&Contribution>, next: Option<&Contribution>, batch: &mut Batch) {
-    match (old.and_then(Contribution::firewall), next.and_then(Contribution::firewall)) {
-        (None, Some(firewall)) => add_firewall(batch, &firewall),
-        (Some(firewall), None) => delete_firewall(batch, &firewall),
-        // The chain is the same for every Service with a firewall.
-        (None, None) | (Some(_), Some(_)) => {}
+/// The firewalls that one has and the other has not. The chain of a firewall is the same for every
+/// Service, so there is nothing to change.
+fn firewalls_gone(old: Option<&Contribution>, next: Option<&Contribution>) -> Vec<FirewallChain> {
+    let of = |c: Option<&Contribution>| c.map(Contribution::firewalls).unwrap_or_default();
+    let next = of(next);
+    of(old).into_iter().filter(|firewall| !next.contains(firewall)).collect()
+}
+
+fn firewalls(old: Option<&Contribution>, next: Option<&Contribution>, batch: &mut Batch) {
+    for firewall in firewalls_gone(next, old) {
+        add_firewall(batch, &firewall);
+    }
+    for firewall in firewalls_gone(old, next) {
+        delete_firewall(batch, &firewall);
     }
 }
 
 fn elements(old: Option<&Contribution>, next: Option<&Contribution>, batch: &mut Batch) {
+    // A set that goes takes its elements along.
+    let goes: Vec<SetName> =
+        firewalls_gone(old, next).iter().flat_map(FirewallChain::sets).collect();
     match (old, next) {
         (None, None) => {}
         (None, Some(next)) => next.elements(|element| add_element(batch, &element)),
-        (Some(old), None) => {
-            // A set that goes takes its elements along.
-            let goes = old.firewall().map(|firewall| firewall.sets());
-            old.elements(|element| {
-                if goes.as_ref().is_none_or(|sets| !sets.contains(&element.key.set)) {
-                    delete_element(batch, &element.key);
-                }
-            });
-        }
+        (Some(old), None) => old.elements(|element| {
+            if !goes.contains(&element.key.set) {
+                delete_element(batch, &element.key);
+            }
+        }),
         (Some(old), Some(next)) => {
-            let goes = match next.firewall() {
-                None => old.firewall().map(|firewall| firewall.sets()),
-                Some(_) => None,
-            };
             let mut before: BTreeMap<ElementKey, Element> = BTreeMap::new();
             old.elements(|element| {
-                if goes.as_ref().is_none_or(|sets| !sets.contains(&element.key.set)) {
+                if !goes.contains(&element.key.set) {
                     before.insert(element.key.clone(), element);
                 }
             });

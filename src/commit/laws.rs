@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
-use std::num::NonZeroU16;
+use std::num::{NonZeroU16, NonZeroU32};
 use std::sync::Arc;
 
 use proptest::prelude::*;
@@ -10,9 +10,9 @@ use proptest::prelude::*;
 use super::adopt::lay_out;
 use super::applied::Applied;
 use crate::model::{
-    Backend, CidrSet, Endpoint, EndpointSlice, Family, Node, NodeContext, NodePortAddresses,
+    Backend, Balancing, CidrSet, Endpoint, EndpointSlice, Family, Hints, Node, NodeContext,
     Protocol, Readiness, Service, ServiceName, ServicePort, SliceName, SlicePort,
-    SourceRestriction,
+    SourceRestriction, TrafficPolicy,
 };
 use crate::netlink::replay::Table;
 use crate::netlink::{Batch, TableFlags};
@@ -28,6 +28,40 @@ struct Variant {
     ports: Vec<(Protocol, u8, Option<u8>)>,
     endpoints: BTreeSet<u8>,
     sources: u8,
+    traffic: Traffic,
+}
+
+/// What is asked of the ways to the endpoints.
+#[derive(Clone, Debug, Default)]
+struct Traffic {
+    internal_local: bool,
+    external_local: bool,
+    sticky: bool,
+    by_source: bool,
+    hints: bool,
+    external_ips: BTreeSet<u8>,
+    load_balancer_ips: BTreeSet<u8>,
+    ranges: bool,
+}
+
+fn traffic() -> impl Strategy<Value = Traffic> {
+    let addresses = || proptest::collection::btree_set(0..3_u8, 0..2);
+    (any::<[bool; 6]>(), addresses(), addresses()).prop_map(
+        |(
+            [internal_local, external_local, sticky, by_source, hints, ranges],
+            external_ips,
+            load_balancer_ips,
+        )| Traffic {
+            internal_local,
+            external_local,
+            sticky,
+            by_source,
+            hints,
+            external_ips,
+            load_balancer_ips,
+            ranges,
+        },
+    )
 }
 
 fn variant() -> impl Strategy<Value = Variant> {
@@ -40,14 +74,16 @@ fn variant() -> impl Strategy<Value = Variant> {
         proptest::collection::vec(port, 1..3),
         proptest::collection::btree_set(0..6_u8, 0..6),
         0..4_u8,
+        traffic(),
     )
-        .prop_map(|(created, cluster_ip, dual, ports, endpoints, sources)| Variant {
+        .prop_map(|(created, cluster_ip, dual, ports, endpoints, sources, traffic)| Variant {
             created,
             cluster_ip,
             dual,
             ports,
             endpoints,
             sources,
+            traffic,
         })
 }
 
@@ -57,12 +93,12 @@ fn name(number: u8) -> ServiceName {
 
 fn node() -> NodeContext {
     NodeContext {
-        name: "here".into(),
         node: Node {
             primary_addresses: vec![IpAddr::from([192, 168, 0, 1])],
-            diagnostics: Vec::new(),
+            zone: Some("a".into()),
+            ..Node::default()
         },
-        nodeport_addresses: NodePortAddresses::Primary,
+        ..NodeContext::new("here".into())
     }
 }
 
@@ -88,10 +124,27 @@ fn plan(number: u8, variant: &Variant) -> ServicePlan {
     if variant.dual {
         cluster_ips.push(IpAddr::from([0xfd00, 0x96, 0, 0, 0, 0, 0, variant.cluster_ip.into()]));
     }
+    let Traffic { internal_local, external_local, sticky, by_source, hints, ranges, .. } =
+        variant.traffic;
+    let policy = |local| if local { TrafficPolicy::Local } else { TrafficPolicy::Cluster };
+    // Some of these are other Services' cluster IPs.
+    let addresses = |numbers: &BTreeSet<u8>, net: u8| -> Vec<IpAddr> {
+        numbers.iter().map(|n| IpAddr::from([10, net, 0, *n])).collect()
+    };
     let service = Service {
-        name: name(number),
         created: variant.created,
         cluster_ips,
+        external_ips: addresses(&variant.traffic.external_ips, 96),
+        load_balancer_ips: addresses(&variant.traffic.load_balancer_ips, 97),
+        internal_traffic: policy(internal_local),
+        external_traffic: policy(external_local),
+        session_affinity: sticky.then(|| NonZeroU32::new(10 + u32::from(number % 2)).unwrap()),
+        balancing: if by_source { Balancing::SourceHash } else { Balancing::Random },
+        load_balancer_sources: if ranges {
+            SourceRestriction::Allow(CidrSet::parse("192.168.0.0/16").unwrap())
+        } else {
+            SourceRestriction::Unrestricted
+        },
         ports: ports.clone(),
         node_port_sources: match variant.sources {
             0 => SourceRestriction::Unrestricted,
@@ -99,7 +152,7 @@ fn plan(number: u8, variant: &Variant) -> ServicePlan {
             2 => SourceRestriction::Allow(CidrSet::parse("10.0.0.0/8, 2001:db8::/32").unwrap()),
             _ => SourceRestriction::Allow(CidrSet::parse("10.0.0.0/9, 0.0.0.0/32").unwrap()),
         },
-        diagnostics: Vec::new(),
+        ..Service::new(name(number))
     };
     let slice = |family: Family| EndpointSlice {
         name: SliceName { namespace: "shop".into(), name: format!("{family:?}").into() },
@@ -121,8 +174,15 @@ fn plan(number: u8, variant: &Variant) -> ServicePlan {
                     Family::V4 => IpAddr::from([10, 244, 0, *endpoint]),
                     Family::V6 => IpAddr::from([0xfd00, 0, 0, 0, 0, 0, 0, (*endpoint).into()]),
                 },
-                readiness: Readiness::Ready,
+                readiness: match endpoint {
+                    5 => Readiness::ServingTerminating,
+                    _ => Readiness::Ready,
+                },
                 node: (endpoint % 2 == 0).then(|| "here".into()),
+                hints: hints.then(|| {
+                    let zone = if endpoint % 3 == 0 { "a" } else { "b" };
+                    Arc::new(Hints { zones: vec![zone.into()], nodes: Vec::new() })
+                }),
             })
             .collect(),
         diagnostics: Vec::new(),
@@ -148,7 +208,7 @@ fn targets(
         let subject = Subject::Service(service.clone());
         let contribution = desired.effective(&service).map(|plan| {
             Contribution::service(plan, |pool| {
-                Some(applied.contribution(&subject)?.slots_of(pool)?.to_vec())
+                Some(applied.contribution(&subject)?.slots_of(pool)?.clone())
             })
         });
         (subject, contribution)
@@ -282,6 +342,7 @@ fn operations(services: u8, endpoints: u8, change: impl Fn(&mut Variant)) -> usi
         ports: vec![(Protocol::Tcp, 0, None)],
         endpoints: (0..endpoints).collect(),
         sources: 0,
+        traffic: Traffic::default(),
     };
     let history: History = (0..services).map(|number| (number, Some(variant(number)))).collect();
     let (_, mut desired, applied) = live_through(&history);
@@ -324,6 +385,7 @@ fn the_older_service_wins_and_the_loser_is_told() {
         ports: vec![(Protocol::Tcp, 0, Some(1))],
         endpoints: BTreeSet::from([1]),
         sources: 1,
+        traffic: Traffic::default(),
     };
     let mut desired = Desired::default();
     desired.set(&name(1), Some(plan(1, &variant(2))));
@@ -357,11 +419,12 @@ fn pools_are_the_same_whatever_the_order_of_slices() {
             ports: vec![(Protocol::Tcp, 0, None)],
             endpoints: BTreeSet::from([2, 1]),
             sources: 0,
+            traffic: Traffic::default(),
         },
     );
     let expected = vec![backend([10, 244, 0, 1]), backend([10, 244, 0, 2])];
     assert_eq!(planned.pools[0].backends, expected);
-    assert_eq!(planned.pools[0].local, [IpAddr::from([10, 244, 0, 2])]);
+    assert_eq!(planned.pools[0].hairpins, [IpAddr::from([10, 244, 0, 2])]);
     let shared = Arc::new(planned);
     assert_eq!(shared.cluster_ips, [IpAddr::from([10, 96, 0, 1])]);
 }

@@ -1,12 +1,11 @@
 //! Listing our table without listing every endpoint.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 
-use super::adopt::balancer;
 use crate::model::{Backend, Family};
 use crate::netlink::{Data, ElementDump, Error, SetDump, Socket, TableDump, TableFlags, Verdict};
-use crate::ruleset::{ElementKey, KeyBytes, SetName, TABLE, layout_comment};
+use crate::ruleset::{Balancer, ElementKey, KeyBytes, LOCAL_SLOTS, SetName, TABLE, layout_comment};
 
 /// What a table holds, as the kernel lists it.
 #[derive(Debug)]
@@ -17,18 +16,19 @@ pub(super) struct Listing {
     pub endpoints: Endpoints,
 }
 
-/// The endpoints of each address in a map of endpoints, by slot. The key of an endpoint is that of
-/// the address with the slot behind it.
-pub(super) type Endpoints = HashMap<(SetName, KeyBytes), Vec<Option<Backend>>>;
+/// The endpoints of each address in a map of endpoints, by slot: one list for each number that slots
+/// begin with. The key of an endpoint is that of the address with the slot behind it.
+pub(super) type Endpoints = HashMap<List, Vec<Option<Backend>>>;
 
-/// The endpoints of one address, by slot.
-type Slots = (KeyBytes, Vec<Option<Backend>>);
+/// The map, the key without the slot, and the first slot.
+type List = (SetName, KeyBytes, u32);
 
 /// Lists our table; `None` where there is none.
 ///
 /// The maps of endpoints are too large to be listed ([`Socket::list_table`]), and what they
 /// hold is known from elsewhere: the chain that an address leads to says how many slots it has. So
 /// they are read slot by slot. If they hold something else besides, they are listed after all.
+/// What clients have left in maps that rules fill is nobody's business.
 ///
 /// # Errors
 /// When the kernel does not list it.
@@ -36,26 +36,40 @@ pub(super) fn list(socket: &mut Socket) -> Result<Option<Listing>, Error> {
     socket.at_one_moment(try_list)
 }
 
-fn try_list(socket: &mut Socket) -> Result<Option<Listing>, Error> {
-    let maps = Family::ALL.map(|family| {
+/// Maps of endpoints, each with the maps that say what it holds.
+fn endpoint_maps() -> impl Iterator<Item = (Family, SetName, [SetName; 2])> {
+    Family::ALL.into_iter().flat_map(|f| {
         [
-            (family, SetName::ServiceIps(family), SetName::Endpoints(family)),
-            (family, SetName::NodePorts(family), SetName::NodePortEndpoints(family)),
+            (f, SetName::Endpoints(f), [SetName::ServiceIps(f), SetName::ClusterPolicy(f)]),
+            (
+                f,
+                SetName::NodePortEndpoints(f),
+                [SetName::NodePorts(f), SetName::NodePortClusterPolicy(f)],
+            ),
         ]
-    });
-    let left_out: Vec<_> = maps.iter().flatten().map(|(_, _, map)| map.name()).collect();
-    let left_out: Vec<&str> = left_out.iter().map(|name| &**name).collect();
-    let Some(mut table) = socket.list_table(TABLE, &left_out)? else { return Ok(None) };
+    })
+}
+
+fn try_list(socket: &mut Socket) -> Result<Option<Listing>, Error> {
+    let maps: Vec<String> = endpoint_maps().map(|(_, map, _)| map.name().into_owned()).collect();
+    let dynamic = SetName::fixed().into_iter().filter(SetName::is_dynamic);
+    let dynamic: Vec<String> = dynamic.map(|set| set.name().into_owned()).collect();
+    let left_out = |name: &str, set: &SetDump| {
+        let named = |names: &[String]| names.iter().any(|other| other == name);
+        named(&dynamic) || (set.count.is_some() && named(&maps))
+    };
+    let Some(mut table) = socket.list_table(TABLE, left_out)? else { return Ok(None) };
     let mut endpoints = Endpoints::new();
     if !is_ours(&table) {
         return Ok(Some(Listing { table, endpoints }));
     }
-    for (family, index, map) in maps.into_iter().flatten() {
-        let Some(index) = table.sets.get(&*index.name()) else { continue };
+    for (family, map, index) in endpoint_maps() {
         // Without a count it is listed already.
         let Some(count) = table.sets.get(&*map.name()).and_then(|set| set.count) else { continue };
-        if let Some(read) = read_endpoints(socket, family, &map, index, count as usize)? {
-            endpoints.extend(read.into_iter().map(|(key, slots)| ((map.clone(), key), slots)));
+        let index: Vec<&SetDump> =
+            index.iter().filter_map(|index| table.sets.get(&*index.name())).collect();
+        if let Some(read) = read_endpoints(socket, family, &map, &index, count as usize)? {
+            endpoints.extend(read);
         } else if let Some(set) = table.sets.get_mut(&*map.name()) {
             socket.list_elements(TABLE, &map.name(), set)?;
         }
@@ -69,21 +83,28 @@ fn read_endpoints(
     socket: &mut Socket,
     family: Family,
     map: &SetName,
-    index: &SetDump,
+    index: &[&SetDump],
     count: usize,
-) -> Result<Option<Vec<Slots>>, Error> {
+) -> Result<Option<Endpoints>, Error> {
     let slots = |element: &ElementDump| match &element.data {
-        Some(Data::Verdict(Verdict::Goto(chain))) => balancer(chain).map(|b| b.endpoints),
+        Some(Data::Verdict(Verdict::Goto(chain))) => Balancer::parse(chain).map(Balancer::slots),
         _ => None,
     };
-    let addresses = index.elements.iter().filter_map(|e| Some((e.key.as_slice(), slots(e)?)));
-    let addresses: Vec<(&[u8], u32)> = addresses.collect();
-    if addresses.iter().map(|(_, slots)| *slots as usize).sum::<usize>() != count {
+    let mut lists: BTreeMap<(&[u8], u32), u32> = BTreeMap::new();
+    for element in index.iter().flat_map(|index| &index.elements) {
+        let Some(slots) = slots(element) else { continue };
+        let end = lists.entry((&element.key, slots.start)).or_insert(slots.end);
+        if *end != slots.end {
+            return Ok(None);
+        }
+    }
+    let length = |((_, first), end): (&(&[u8], u32), &u32)| (end - first) as usize;
+    if lists.iter().map(length).sum::<usize>() != count {
         return Ok(None);
     }
     let mut backends = Vec::with_capacity(count);
-    let keys = addresses.iter().flat_map(|(address, slots)| {
-        (0..*slots).map(move |slot| [*address, &slot.to_ne_bytes()].concat())
+    let keys = lists.iter().flat_map(|(&(address, first), &end)| {
+        (first..end).map(move |slot| [address, &slot.to_ne_bytes()].concat())
     });
     socket.read_elements(TABLE, &map.name(), keys, |element| match element {
         ElementDump { data: Some(Data::Value(value)), comment: None, .. } => {
@@ -95,8 +116,9 @@ fn read_endpoints(
         return Ok(None);
     }
     let mut backends = backends.into_iter();
-    let endpoints = addresses.iter().map(|(address, slots)| {
-        Some((KeyBytes::new(address)?, backends.by_ref().take(*slots as usize).collect()))
+    let endpoints = lists.iter().map(|(&(address, first), &end)| {
+        let list = (map.clone(), KeyBytes::new(address)?, first);
+        Some((list, backends.by_ref().take((end - first) as usize).collect()))
     });
     Ok(endpoints.collect())
 }
@@ -108,20 +130,21 @@ pub(super) fn is_ours(dump: &TableDump) -> bool {
     !strange && dump.comment.as_deref() == Some(&layout_comment())
 }
 
-/// What stands before the slot in the key of an endpoint, and the slot. `None` for keys of other
+/// The list that an endpoint stands in by its key, and its place there. `None` for keys of other
 /// sets.
-pub(super) fn without_slot(key: &ElementKey) -> Option<((SetName, KeyBytes), usize)> {
+pub(super) fn without_slot(key: &ElementKey) -> Option<(List, usize)> {
     let (SetName::Endpoints(_) | SetName::NodePortEndpoints(_)) = key.set else { return None };
     let (address, slot) = key.bytes.as_slice().split_last_chunk()?;
-    let slot = usize::try_from(u32::from_ne_bytes(*slot)).ok()?;
-    Some(((key.set.clone(), KeyBytes::new(address)?), slot))
+    let slot = u32::from_ne_bytes(*slot);
+    let first = slot & LOCAL_SLOTS;
+    let place = usize::try_from(slot - first).ok()?;
+    Some(((key.set.clone(), KeyBytes::new(address)?, first), place))
 }
 
 /// The key of the endpoint at `slot` of an address.
-pub(super) fn with_slot(map: &SetName, address: &KeyBytes, slot: usize) -> ElementKey {
-    let slot = u32::try_from(slot).expect("slots are numbered by u32");
+pub(super) fn with_slot(map: &SetName, address: &KeyBytes, slot: u32) -> ElementKey {
     let bytes = [address.as_slice(), &slot.to_ne_bytes()].concat();
-    let bytes = KeyBytes::new(&bytes).expect("the key was read with its slot");
+    let bytes = KeyBytes::new(&bytes).expect("the longest of these keys is 28 bytes");
     ElementKey { set: map.clone(), bytes, end: None }
 }
 

@@ -7,6 +7,7 @@
 //! what the kernel holds of it stays - and the others go on.
 
 mod adopt;
+mod affinity;
 mod applied;
 mod blame;
 #[cfg(test)]

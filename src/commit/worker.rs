@@ -9,6 +9,7 @@ use std::time::Instant;
 use ipnet::IpNet;
 
 use super::adopt::{Found, lay_out};
+use super::affinity::Review;
 use super::applied::{Applied, Step};
 use super::blame::{
     Split, is_about_layout, is_denied, is_passing, is_surprise, is_unknown_flag, split,
@@ -19,7 +20,7 @@ use super::{Adoption, Change, CommitError, Report, Totals};
 use crate::model::NodeContext;
 use crate::netlink::{Batch, Error, Socket, TableFlags};
 use crate::plan::{Desired, ServicePlan};
-use crate::ruleset::{Contribution, Subject, TABLE};
+use crate::ruleset::{Contribution, PoolSlots, Subject, TABLE};
 
 /// A subject and the contribution that it shall have.
 pub(super) type Target = (Subject, Option<Contribution>);
@@ -78,7 +79,7 @@ impl Worker {
             socket: Socket::open()?,
             flags: TableFlags::OWNED,
             desired: Desired::default(),
-            node: Contribution::Node(Vec::new()),
+            node: Contribution::Node(Arc::default()),
             applied: Applied::default(),
             stale: false,
             listed: None,
@@ -212,7 +213,7 @@ impl Worker {
             let targets = part.into_iter().map(|subject| {
                 let contribution = self.target(subject, |pool| {
                     let current = self.applied.contribution(subject)?;
-                    Some(current.slots_of(pool)?.to_vec())
+                    current.slots_of(pool).cloned()
                 });
                 (subject.clone(), contribution)
             });
@@ -253,7 +254,7 @@ impl Worker {
     fn target(
         &self,
         subject: &Subject,
-        slots: impl FnMut(&crate::plan::Pool) -> Option<Vec<crate::model::Backend>>,
+        slots: impl FnMut(&crate::plan::Pool) -> Option<PoolSlots>,
     ) -> Option<Contribution> {
         match subject {
             Subject::Node => Some(self.node.clone()),
@@ -309,6 +310,11 @@ impl Worker {
     }
 
     fn install(&mut self, step: Step, revoked: &mut Vec<Revocation>) {
+        let mut review = Review::default();
+        for (subject, next) in step.changes() {
+            review.note(self.applied.contribution(subject), next.as_ref());
+        }
+        self.forget(&review);
         for (subject, next) in step.changes() {
             revoked.extend(revoke::revocations(self.applied.contribution(subject), next.as_ref()));
         }
@@ -318,6 +324,18 @@ impl Worker {
             changes.iter().filter_map(|(_, next)| next.as_ref()),
         );
         self.applied.install(step);
+    }
+
+    /// Forgets clients that are remembered for endpoints that serve them no more.
+    fn forget(&mut self, review: &Review) {
+        match review.carry_out(&mut self.socket) {
+            Ok(0) => {}
+            Ok(count) => tracing::debug!(count, "forgot clients of endpoints that left"),
+            Err(error) => tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "clients may be sent to an endpoint that left, until their time is up",
+            ),
+        }
     }
 
     /// Lists the table and makes it what is desired, whatever it holds. Subjects that the kernel
@@ -451,6 +469,11 @@ impl Worker {
         self.revoker.settle(self.applied.contributions(), come);
         // Whatever there was to write: a daemon that was killed may have left open what it revoked.
         self.revoker.sweep(all_restrictions(&targets).collect(), self.node_addresses());
+        let mut review = Review::default();
+        for (_, contribution) in &targets {
+            review.note(None, contribution.as_ref());
+        }
+        self.forget(&review);
         self.applied = Applied::new(targets);
         Ok(Adoption { found: present, replaced, operations })
     }
@@ -511,7 +534,7 @@ impl Worker {
 
     fn node_addresses(&self) -> Vec<IpNet> {
         match &self.node {
-            Contribution::Node(cidrs) => cidrs.clone(),
+            Contribution::Node(node) => node.nodeport_cidrs.clone(),
             Contribution::Service { .. } => unreachable!("the node's contribution"),
         }
     }

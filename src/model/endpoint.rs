@@ -53,6 +53,24 @@ pub struct Endpoint {
     pub readiness: Readiness,
     /// `nodeName`: where it runs, if that is known.
     pub node: Option<Arc<str>>,
+    /// `hints`: where clients are that should use it; `None` for none, or empty ones.
+    pub hints: Option<Arc<Hints>>,
+}
+
+impl Endpoint {
+    /// A ready endpoint of which nothing else is known.
+    pub fn new(address: IpAddr) -> Endpoint {
+        Endpoint { address, readiness: Readiness::Ready, node: None, hints: None }
+    }
+}
+
+/// Where clients are that should use an endpoint (KEP-2433, KEP-3015).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Hints {
+    /// `forZones`: in these zones.
+    pub zones: Vec<Arc<str>>,
+    /// `forNodes`: on these nodes.
+    pub nodes: Vec<Arc<str>>,
 }
 
 /// `conditions` of an endpoint, as the API server defines their defaults.

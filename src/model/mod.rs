@@ -13,7 +13,9 @@ mod service;
 
 pub use cidr::{CidrSet, CidrSetError};
 pub use diagnostic::{Diagnostic, ObjectKind, ObjectRef, Severity};
-pub use endpoint::{Backend, Endpoint, EndpointSlice, Readiness, SliceName, SlicePort};
+pub use endpoint::{Backend, Endpoint, EndpointSlice, Hints, Readiness, SliceName, SlicePort};
 pub use net::{Family, Protocol};
-pub use node::{Node, NodeContext, NodePortAddresses};
-pub use service::{Seniority, Service, ServiceName, ServicePort, SourceRestriction};
+pub use node::{LocalTraffic, Node, NodeContext, NodePortAddresses};
+pub use service::{
+    Balancing, Seniority, Service, ServiceName, ServicePort, SourceRestriction, TrafficPolicy,
+};

@@ -13,6 +13,10 @@ pub struct Node {
     /// The first address of each family by which the node is known: `InternalIP` before
     /// `ExternalIP`, in the object's order.
     pub primary_addresses: Vec<IpAddr>,
+    /// The label `topology.kubernetes.io/zone`.
+    pub zone: Option<Arc<str>>,
+    /// `spec.podCIDRs`: the addresses of the pods here.
+    pub pod_cidrs: Vec<IpNet>,
     /// What was wrong with the object.
     pub diagnostics: Vec<Diagnostic>,
 }
@@ -27,6 +31,20 @@ pub enum NodePortAddresses {
     Cidrs(Vec<IpNet>),
 }
 
+/// How connections of pods on this node are told from others (`detectLocalMode`).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum LocalTraffic {
+    /// By their source, the node's own pod CIDRs ([`Node::pod_cidrs`]).
+    #[default]
+    NodeCidrs,
+    /// By their source, in one of these CIDRs.
+    Cidrs(Vec<IpNet>),
+    /// By the bridge that they come from.
+    Bridge(Arc<str>),
+    /// By how the name of the interface begins that they come from.
+    InterfacePrefix(Arc<str>),
+}
+
 /// All that planning needs to know of the node and the proxy's settings.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NodeContext {
@@ -36,9 +54,53 @@ pub struct NodeContext {
     pub node: Node,
     /// At which addresses node ports are served.
     pub nodeport_addresses: NodePortAddresses,
+    /// How connections of pods here are known.
+    pub local_traffic: LocalTraffic,
+    /// Whether every connection to a cluster IP is masqueraded.
+    pub masquerade_all: bool,
+    /// The networks of all cluster IPs (`ServiceCIDR` objects).
+    pub service_cidrs: Vec<IpNet>,
 }
 
 impl NodeContext {
+    /// A node of this name of which nothing else is known, with the default settings.
+    pub fn new(name: Arc<str>) -> NodeContext {
+        NodeContext {
+            name,
+            node: Node::default(),
+            nodeport_addresses: NodePortAddresses::Primary,
+            local_traffic: LocalTraffic::default(),
+            masquerade_all: false,
+            service_cidrs: Vec::new(),
+        }
+    }
+
+    /// The addresses of `family` that pods of this node have, as far as that is how they are known;
+    /// disjoint, sorted.
+    pub fn pod_cidrs(&self, family: Family) -> Vec<IpNet> {
+        let cidrs: &[IpNet] = match &self.local_traffic {
+            LocalTraffic::NodeCidrs => &self.node.pod_cidrs,
+            LocalTraffic::Cidrs(cidrs) => cidrs,
+            LocalTraffic::Bridge(_) | LocalTraffic::InterfacePrefix(_) => &[],
+        };
+        super::CidrSet::new(cidrs.iter().copied()).of_family(family)
+    }
+
+    /// The sources of `family` that keep their address when they connect to a cluster IP; disjoint,
+    /// sorted. Where nobody knows which addresses pods have, that is everyone.
+    pub fn unmasqueraded(&self, family: Family) -> Vec<IpNet> {
+        if self.masquerade_all {
+            return Vec::new();
+        }
+        match &self.local_traffic {
+            LocalTraffic::Bridge(_) | LocalTraffic::InterfacePrefix(_) => Vec::new(),
+            LocalTraffic::NodeCidrs | LocalTraffic::Cidrs(_) => {
+                let cidrs = self.pod_cidrs(family);
+                if cidrs.is_empty() { vec![family.everything()] } else { cidrs }
+            }
+        }
+    }
+
     /// The CIDRs of `family` at whose local addresses node ports are served; disjoint, sorted.
     pub fn nodeport_cidrs(&self, family: Family) -> Vec<IpNet> {
         let cidrs = match &self.nodeport_addresses {

@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use super::attribute::{close, nest, open, put, put_str, put_u32, put_u64};
 use super::error::Subject;
-use super::expression::{LIST_ELEM, encode_goto};
+use super::expression::{Data, LIST_ELEM, Verdict, encode_goto};
 use super::object::{Chain, Element, ElementData, Rule, Set, SetData, TableFlags};
 
 /// On whose behalf something is in a transaction; the caller's number.
@@ -194,6 +194,9 @@ impl Batch {
             }
             if let Some(SetData::Value { length, .. }) = set.data {
                 put_u32(out, 7, length); // NFTA_SET_DATA_LEN
+            }
+            if let Some(size) = set.size {
+                nest(out, 9, |out| put_u32(out, 1, size)); // NFTA_SET_DESC, NFTA_SET_DESC_SIZE
             }
             put_u32(out, 10, id); // NFTA_SET_ID
             if let Some(comment) = set.comment {
@@ -445,6 +448,7 @@ fn encode_element(out: &mut Vec<u8>, element: &Element<'_>, key: &[u8], flags: u
         match element.data {
             Some(ElementData::Value(value)) => nest(out, 2, |out| put(out, 1, value)),
             Some(ElementData::Goto(chain)) => nest(out, 2, |out| encode_goto(out, chain)),
+            Some(ElementData::Drop) => nest(out, 2, |out| Data::Verdict(Verdict::Drop).encode(out)),
             None => {}
         } // NFTA_SET_ELEM_DATA
         if flags != 0 {

@@ -131,7 +131,7 @@ impl Socket {
     /// [`Error::List`] with the kernel's reason (`EPERM` without the right to list, `EOPNOTSUPP` or `EINVAL`
     /// without nf_tables), [`Error::Interrupted`] if the ruleset never stood still.
     pub fn dump_table(&mut self, table: &str) -> Result<Option<TableDump>, Error> {
-        self.at_one_moment(|socket| socket.list_table(table, &[]))
+        self.at_one_moment(|socket| socket.list_table(table, |_, _| false))
     }
 
     /// Does `list`, again if the ruleset changed meanwhile, a bounded number of times. Each listing
@@ -155,8 +155,8 @@ impl Socket {
         Err(Error::Interrupted)
     }
 
-    /// Lists a table without the elements of the sets in `left_out`, where the kernel tells how
-    /// many they are ([`SetDump::count`]). For large sets: the kernel walks a hash set from its
+    /// Lists a table without the elements of the sets that `left_out` names, by name and
+    /// description. For large sets: the kernel walks a hash set from its
     /// beginning for every 32 KiB of a listing, so listing n elements takes time in the order of n
     /// squared (a million: half a minute).
     ///
@@ -166,7 +166,7 @@ impl Socket {
     pub fn list_table(
         &mut self,
         table: &str,
-        left_out: &[&str],
+        left_out: impl Fn(&str, &SetDump) -> bool,
     ) -> Result<Option<TableDump>, Error> {
         let mut dump = None;
         // Not a dump, so nothing but an acknowledgement tells where the answer ends.
@@ -189,7 +189,7 @@ impl Socket {
         self.list_rules(table, &mut dump).map_err(|e| e.listing("nf_tables rules"))?;
         self.list_sets(table, &mut dump).map_err(|e| e.listing("nf_tables sets"))?;
         for (name, set) in &mut dump.sets {
-            if set.count.is_none() || !left_out.contains(&name.as_str()) {
+            if !left_out(name, set) {
                 self.list_elements(table, name, set)?;
             }
         }

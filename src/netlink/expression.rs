@@ -67,6 +67,23 @@ pub enum CtKey {
     Status = 2,
 }
 
+/// What the first packet of a connection carried (`enum nft_ct_keys`, with the direction
+/// `IP_CT_DIR_ORIGINAL`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum CtOriginalKey {
+    /// The destination port.
+    DestinationPort = 12,
+    /// The IPv4 source address.
+    SourceIp4 = 19,
+    /// The IPv4 destination address.
+    DestinationIp4 = 20,
+    /// The IPv6 source address.
+    SourceIp6 = 21,
+    /// The IPv6 destination address.
+    DestinationIp6 = 22,
+}
+
 /// `enum nft_cmp_ops`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
@@ -156,8 +173,21 @@ pub enum Expression {
         /// Where to.
         into: Register,
     },
+    /// `ct original ip saddr`, `ct original proto-dst` ... into a register. The rule ends where the
+    /// connection is of another family.
+    CtOriginal {
+        /// What.
+        key: CtOriginalKey,
+        /// Where to.
+        into: Register,
+    },
     /// `fib daddr type`: the kind of route to the destination (`RTN_*`) into a register.
     FibDaddrType {
+        /// Where to.
+        into: Register,
+    },
+    /// `fib saddr type`: the kind of route to the source (`RTN_*`) into a register.
+    FibSaddrType {
         /// Where to.
         into: Register,
     },
@@ -166,6 +196,22 @@ pub enum Expression {
         /// How many numbers there are.
         modulus: u32,
         /// The smallest of them.
+        offset: u32,
+        /// Where to.
+        into: Register,
+    },
+    /// `jhash KEY mod MODULUS seed SEED offset OFFSET`: a number of the machine's byte order, the
+    /// same for the same key.
+    JenkinsHash {
+        /// Where the key starts.
+        key: Register,
+        /// Bytes of the key.
+        length: u32,
+        /// How many numbers there are.
+        modulus: u32,
+        /// What tells this hash from others. Not 0: then the kernel would choose one.
+        seed: u32,
+        /// The smallest of the numbers.
         offset: u32,
         /// Where to.
         into: Register,
@@ -190,6 +236,13 @@ pub enum Expression {
     },
     /// `@SET`: goes on with the rule only if the registers' content is in the set.
     Lookup {
+        /// The set's name.
+        set: String,
+        /// Where the key starts.
+        key: Register,
+    },
+    /// `!= @SET`: goes on with the rule only if the registers' content is not in the set.
+    LookupInverted {
         /// The set's name.
         set: String,
         /// Where the key starts.
@@ -228,6 +281,18 @@ pub enum Expression {
     RejectPortUnreachable,
     /// `reject with tcp reset`; only for what is known to be TCP.
     RejectTcpReset,
+    /// `update @MAP { KEY timeout TIMEOUT : DATA }`: adds the element if there is none of this
+    /// key, and makes one that there is live from now on again; its data stay as they are.
+    UpdateMap {
+        /// The map's name.
+        map: String,
+        /// Where the key starts.
+        key: Register,
+        /// Where the data start.
+        data: Register,
+        /// How long the element lives from now on, in milliseconds.
+        timeout: u64,
+    },
     /// `counter`
     Counter,
     /// `limit rate RATE/UNIT burst BURST packets`
@@ -261,16 +326,20 @@ impl Expression {
         match self {
             Expression::Payload { .. } => "payload",
             Expression::Meta { .. } | Expression::MetaSet { .. } => "meta",
-            Expression::Ct { .. } => "ct",
-            Expression::FibDaddrType { .. } => "fib",
+            Expression::Ct { .. } | Expression::CtOriginal { .. } => "ct",
+            Expression::FibDaddrType { .. } | Expression::FibSaddrType { .. } => "fib",
             Expression::NumgenRandom { .. } => "numgen",
+            Expression::JenkinsHash { .. } => "hash",
             Expression::Bitwise { .. } => "bitwise",
             Expression::Cmp { .. } => "cmp",
-            Expression::Lookup { .. } | Expression::LookupMap { .. } => "lookup",
+            Expression::Lookup { .. }
+            | Expression::LookupInverted { .. }
+            | Expression::LookupMap { .. } => "lookup",
             Expression::Immediate { .. } => "immediate",
             Expression::Nat { .. } => "nat",
             Expression::MasqueradeFullyRandom => "masq",
             Expression::RejectPortUnreachable | Expression::RejectTcpReset => "reject",
+            Expression::UpdateMap { .. } => "dynset",
             Expression::Counter => "counter",
             Expression::Limit { .. } => "limit",
             Expression::LogGroup { .. } => "log",
@@ -315,16 +384,30 @@ impl Expression {
                 put_u32(out, 1, into.0); // NFTA_CT_DREG
                 put_u32(out, 2, *key as u32); // NFTA_CT_KEY
             }
-            Expression::FibDaddrType { into } => {
-                put_u32(out, 1, into.0); // NFTA_FIB_DREG
-                put_u32(out, 2, 3); // NFTA_FIB_RESULT: NFT_FIB_RESULT_ADDRTYPE
-                put_u32(out, 3, 2); // NFTA_FIB_FLAGS: NFTA_FIB_F_DADDR
+            Expression::CtOriginal { key, into } => {
+                put_u32(out, 1, into.0); // NFTA_CT_DREG
+                put_u32(out, 2, *key as u32); // NFTA_CT_KEY
+                put(out, 3, &[0]); // NFTA_CT_DIRECTION: IP_CT_DIR_ORIGINAL
             }
+            Expression::FibDaddrType { into } => fib_type(out, *into, 2), // NFTA_FIB_F_DADDR
+            Expression::FibSaddrType { into } => fib_type(out, *into, 1), // NFTA_FIB_F_SADDR
             Expression::NumgenRandom { modulus, offset, into } => {
                 put_u32(out, 1, into.0); // NFTA_NG_DREG
                 put_u32(out, 2, *modulus); // NFTA_NG_MODULUS
                 put_u32(out, 3, 1); // NFTA_NG_TYPE: NFT_NG_RANDOM
                 put_u32(out, 4, *offset); // NFTA_NG_OFFSET
+            }
+            Expression::JenkinsHash { key, length, modulus, seed, offset, into } => {
+                put_u32(out, 1, key.0); // NFTA_HASH_SREG
+                put_u32(out, 2, into.0); // NFTA_HASH_DREG
+                put_u32(out, 3, *length); // NFTA_HASH_LEN
+                put_u32(out, 4, *modulus); // NFTA_HASH_MODULUS
+                put_u32(out, 5, *seed); // NFTA_HASH_SEED
+                // The kernel does not list 0.
+                if *offset != 0 {
+                    put_u32(out, 6, *offset); // NFTA_HASH_OFFSET
+                }
+                put_u32(out, 7, 0); // NFTA_HASH_TYPE: NFT_HASH_JENKINS
             }
             Expression::Bitwise { register, mask, xor } => {
                 let length = u32::try_from(mask.len()).expect("a mask fits a register");
@@ -342,6 +425,11 @@ impl Expression {
             Expression::Lookup { set, key } => {
                 put_str(out, 1, set); // NFTA_LOOKUP_SET
                 put_u32(out, 2, key.0); // NFTA_LOOKUP_SREG
+            }
+            Expression::LookupInverted { set, key } => {
+                put_str(out, 1, set); // NFTA_LOOKUP_SET
+                put_u32(out, 2, key.0); // NFTA_LOOKUP_SREG
+                put_u32(out, 5, 1); // NFTA_LOOKUP_FLAGS: NFT_LOOKUP_F_INV
             }
             Expression::LookupMap { map, key, into } => {
                 put_str(out, 1, map); // NFTA_LOOKUP_SET
@@ -367,6 +455,13 @@ impl Expression {
             }
             Expression::RejectTcpReset => {
                 put_u32(out, 1, 1); // NFTA_REJECT_TYPE: NFT_REJECT_TCP_RST
+            }
+            Expression::UpdateMap { map, key, data, timeout } => {
+                put_str(out, 1, map); // NFTA_DYNSET_SET_NAME
+                put_u32(out, 3, 1); // NFTA_DYNSET_OP: NFT_DYNSET_OP_UPDATE
+                put_u32(out, 4, key.0); // NFTA_DYNSET_SREG_KEY
+                put_u32(out, 5, data.0); // NFTA_DYNSET_SREG_DATA
+                put_u64(out, 6, *timeout); // NFTA_DYNSET_TIMEOUT
             }
             Expression::Counter => {
                 put_u64(out, 1, 0); // NFTA_COUNTER_BYTES
@@ -421,6 +516,12 @@ impl Data {
             _ => return None,
         }))
     }
+}
+
+fn fib_type(out: &mut Vec<u8>, into: Register, flags: u32) {
+    put_u32(out, 1, into.0); // NFTA_FIB_DREG
+    put_u32(out, 2, 3); // NFTA_FIB_RESULT: NFT_FIB_RESULT_ADDRTYPE
+    put_u32(out, 3, flags); // NFTA_FIB_FLAGS
 }
 
 /// `NFT_GOTO`.

@@ -23,7 +23,8 @@ pub use conntrack::Flow;
 pub use dump::{ChainDump, ElementDump, ExpressionDump, HookDump, RuleDump, SetDump, TableDump};
 pub use error::{Error, Refusal, Subject};
 pub use expression::{
-    CmpOp, CtKey, Data, Expression, LimitUnit, MetaKey, NatKind, PayloadBase, Register, Verdict,
+    CmpOp, CtKey, CtOriginalKey, Data, Expression, LimitUnit, MetaKey, NatKind, PayloadBase,
+    Register, Verdict,
 };
 pub use nflog::{Listener, LoggedPacket};
 pub use object::{

@@ -117,6 +117,11 @@ pub struct Set<'a> {
     pub interval: bool,
     /// Whether elements have a timeout of their own.
     pub timeout: bool,
+    /// Whether rules add elements.
+    pub dynamic: bool,
+    /// How many elements there may be; `None` for any number, but where rules add them the kernel
+    /// makes it 65,535.
+    pub size: Option<u32>,
     /// A comment for readers, at most 127 bytes.
     pub comment: Option<&'a str>,
 }
@@ -142,6 +147,7 @@ impl Set<'_> {
         flags |= if self.interval { 0x4 } else { 0 }; // NFT_SET_INTERVAL
         flags |= if self.data.is_some() { 0x8 } else { 0 }; // NFT_SET_MAP
         flags |= if self.timeout { 0x10 } else { 0 }; // NFT_SET_TIMEOUT
+        flags |= if self.dynamic { 0x20 } else { 0 }; // NFT_SET_EVAL
         flags
     }
 }
@@ -181,6 +187,8 @@ pub enum ElementData<'a> {
     Value(&'a [u8]),
     /// `goto CHAIN`
     Goto(&'a str),
+    /// `drop`
+    Drop,
 }
 
 impl<'a> Element<'a> {

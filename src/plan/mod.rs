@@ -5,12 +5,17 @@
 //! nftables: how a plan becomes chains, maps and elements is [`crate::ruleset`]'s business.
 
 mod desired;
+mod endpoints;
 mod service;
 
 use std::net::IpAddr;
+use std::num::NonZeroU32;
 use std::sync::Arc;
 
-use crate::model::{Backend, CidrSet, Diagnostic, Family, Protocol, Seniority, ServiceName};
+use crate::model::{
+    Backend, Balancing, CidrSet, Diagnostic, Family, Protocol, Seniority, ServiceName,
+    TrafficPolicy,
+};
 
 pub use desired::Desired;
 pub use service::plan_service;
@@ -26,6 +31,8 @@ pub struct ServicePlan {
     pub pools: Vec<Pool>,
     /// The firewall of the Service's node ports; `None` where everyone may reach them.
     pub firewall: Option<Firewall>,
+    /// The firewall of the Service's load-balancer addresses; `None` where everyone may reach them.
+    pub load_balancer_firewall: Option<LoadBalancerFirewall>,
     /// What is wrong with the Service or its slices.
     pub diagnostics: Vec<Diagnostic>,
 }
@@ -39,13 +46,10 @@ impl ServicePlan {
     /// Everything that only one Service can have and this one asks for.
     pub fn claims(&self) -> impl Iterator<Item = Claim> + '_ {
         let addresses = self.cluster_ips.iter().map(|address| Claim::ClusterIp(*address));
-        let ports = self.pools.iter().flat_map(|pool| {
-            pool.frontends.iter().filter_map(|frontend| match frontend {
-                Frontend::NodePort { port } => Some(Claim::NodePort(pool.protocol, *port)),
-                Frontend::ClusterIp { .. } => None,
-            })
+        let frontends = self.pools.iter().flat_map(|pool| {
+            pool.frontends.iter().map(|frontend| Claim::of(frontend, pool.protocol))
         });
-        addresses.chain(ports)
+        addresses.chain(frontends)
     }
 }
 
@@ -60,11 +64,45 @@ pub struct Pool {
     pub protocol: Protocol,
     /// Where clients reach the pool.
     pub frontends: Vec<Frontend>,
-    /// Who serves; sorted, without duplicates. Empty means that connections are rejected.
+    /// Who serves where the policy is `Cluster`; sorted, without duplicates.
     pub backends: Vec<Backend>,
+    /// Who serves where the policy is `Local`; sorted, without duplicates. Empty if no frontend has
+    /// that policy.
+    pub local_backends: Vec<Backend>,
+    /// Whether any endpoint, here or elsewhere, could serve; then connections that find none are
+    /// dropped rather than rejected, because they may find one on another node.
+    pub any: bool,
+    /// Which of the two lists serves connections to the cluster IP.
+    pub internal_traffic: TrafficPolicy,
+    /// Which of the two lists serves connections to other frontends. If it is the local one,
+    /// connections of pods here and of the node itself are served by the other nevertheless: they
+    /// did not come through a load balancer that could know better.
+    pub external_traffic: TrafficPolicy,
+    /// For how many seconds a client keeps its backend.
+    pub affinity: Option<NonZeroU32>,
+    /// How a backend is chosen.
+    pub balancing: Balancing,
     /// Addresses of backends on this node, sorted: a connection of theirs that is balanced back to
     /// themselves must be masqueraded, or the answer would not pass through the node.
-    pub local: Vec<IpAddr>,
+    pub hairpins: Vec<IpAddr>,
+}
+
+impl Pool {
+    /// Whose endpoints serve this frontend.
+    pub fn policy(&self, frontend: &Frontend) -> TrafficPolicy {
+        match frontend {
+            Frontend::ClusterIp { .. } => self.internal_traffic,
+            Frontend::External { .. } | Frontend::NodePort { .. } => self.external_traffic,
+        }
+    }
+
+    /// The backends that serve this frontend.
+    pub fn serving(&self, frontend: &Frontend) -> &[Backend] {
+        match self.policy(frontend) {
+            TrafficPolicy::Cluster => &self.backends,
+            TrafficPolicy::Local => &self.local_backends,
+        }
+    }
 }
 
 /// Where clients reach a pool.
@@ -72,6 +110,13 @@ pub struct Pool {
 pub enum Frontend {
     /// At a virtual address of the Service.
     ClusterIp {
+        /// The address.
+        address: IpAddr,
+        /// The port.
+        port: u16,
+    },
+    /// At an address that clients outside the cluster use: a load balancer's, or an external one.
+    External {
         /// The address.
         address: IpAddr,
         /// The port.
@@ -123,11 +168,47 @@ impl Sources {
     }
 }
 
+/// Who may reach a Service's load-balancer addresses.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LoadBalancerFirewall {
+    /// The addresses, sorted.
+    pub addresses: Vec<LoadBalancerAddress>,
+    /// Who may connect.
+    pub sources: Sources,
+}
+
+/// A load-balancer address of one port of a Service.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct LoadBalancerAddress {
+    /// The protocol.
+    pub protocol: Protocol,
+    /// The address.
+    pub address: IpAddr,
+    /// The port.
+    pub port: u16,
+    /// The name of the Service's port; may be empty.
+    pub port_name: Arc<str>,
+}
+
 /// Something that only one Service can have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Claim {
-    /// A virtual address, with all its ports.
+    /// A cluster IP, with all its ports.
     ClusterIp(IpAddr),
+    /// A port of an address.
+    Address(IpAddr, Protocol, u16),
     /// A port at the node's addresses, in both families.
     NodePort(Protocol, u16),
+}
+
+impl Claim {
+    /// What a frontend claims.
+    fn of(frontend: &Frontend, protocol: Protocol) -> Claim {
+        match *frontend {
+            Frontend::ClusterIp { address, port } | Frontend::External { address, port } => {
+                Claim::Address(address, protocol, port)
+            }
+            Frontend::NodePort { port } => Claim::NodePort(protocol, port),
+        }
+    }
 }

@@ -1,10 +1,15 @@
 //! The plan of one Service.
 
-use std::collections::BTreeMap;
+use std::net::IpAddr;
 
-use super::{Firewall, Frontend, NodePort, Pool, ServicePlan, Sources};
+use super::endpoints::{Wanted, serving};
+use super::{
+    Firewall, Frontend, LoadBalancerAddress, LoadBalancerFirewall, NodePort, Pool, ServicePlan,
+    Sources,
+};
 use crate::model::{
-    Backend, EndpointSlice, Family, NodeContext, Readiness, Service, ServicePort, SourceRestriction,
+    CidrSet, EndpointSlice, Family, NodeContext, Service, ServicePort, SourceRestriction,
+    TrafficPolicy,
 };
 
 /// Plans one Service from the object, its slices (in any order) and the node.
@@ -24,10 +29,7 @@ pub fn plan_service<'a>(
     let mut pools = Vec::new();
     for port in &service.ports {
         for &address in &service.cluster_ips {
-            let family = Family::of(address);
-            let mut frontends = vec![Frontend::ClusterIp { address, port: port.port.get() }];
-            frontends.extend(port.node_port.map(|p| Frontend::NodePort { port: p.get() }));
-            pools.push(pool(port, family, frontends, &slices, node));
+            pools.push(pool(service, port, address, &slices, node));
         }
     }
 
@@ -36,48 +38,63 @@ pub fn plan_service<'a>(
         cluster_ips: service.cluster_ips.clone(),
         pools,
         firewall: firewall(service),
+        load_balancer_firewall: load_balancer_firewall(service, node),
         diagnostics,
     }
 }
 
 fn pool(
+    service: &Service,
     port: &ServicePort,
-    family: Family,
-    frontends: Vec<Frontend>,
+    cluster_ip: IpAddr,
     slices: &[&EndpointSlice],
     node: &NodeContext,
 ) -> Pool {
-    // While a controller moves an endpoint between slices it stands in both; it is served when
-    // either says so (kubernetes/kubernetes#135593), and it is local when either says so.
-    let mut backends: BTreeMap<Backend, bool> = BTreeMap::new();
-    for slice in slices.iter().filter(|slice| slice.family == family) {
-        let of_port =
-            |p: &&crate::model::SlicePort| p.name == port.name && p.protocol == port.protocol;
-        let Some(slice_port) = slice.ports.iter().find(of_port) else { continue };
-        for endpoint in slice.endpoints.iter().filter(|e| e.readiness == Readiness::Ready) {
-            let backend = Backend { address: endpoint.address, port: slice_port.port.get() };
-            *backends.entry(backend).or_default() |= endpoint.node.as_ref() == Some(&node.name);
-        }
-    }
-    let mut local: Vec<_> =
-        backends.iter().filter(|(_, local)| **local).map(|(backend, _)| backend.address).collect();
-    local.dedup();
+    use TrafficPolicy::{Cluster, Local};
+    let family = Family::of(cluster_ip);
+    let number = port.port.get();
+    let mut frontends = vec![Frontend::ClusterIp { address: cluster_ip, port: number }];
+    let external = service.load_balancer_ips.iter().chain(&service.external_ips);
+    frontends.extend(
+        external
+            .filter(|address| Family::of(**address) == family && **address != cluster_ip)
+            .map(|address| Frontend::External { address: *address, port: number }),
+    );
+    frontends.extend(port.node_port.map(|port| Frontend::NodePort { port: port.get() }));
+    // An external address may be a load balancer's too.
+    let mut seen = Vec::with_capacity(frontends.len());
+    frontends.retain(|frontend| {
+        let new = !seen.contains(frontend);
+        seen.push(*frontend);
+        new
+    });
+
+    let reachable_from_outside = frontends.len() > 1;
+    let wanted = Wanted {
+        // Pods and the node itself reach external addresses by these, whatever the policy.
+        cluster: service.internal_traffic == Cluster || reachable_from_outside,
+        local: service.internal_traffic == Local
+            || (service.external_traffic == Local && reachable_from_outside),
+    };
+    let serving = serving(port, family, slices, node, wanted);
     Pool {
         port_name: port.name.clone(),
         family,
         protocol: port.protocol,
         frontends,
-        backends: backends.into_keys().collect(),
-        local,
+        backends: serving.cluster,
+        local_backends: serving.local,
+        any: serving.any,
+        internal_traffic: service.internal_traffic,
+        external_traffic: service.external_traffic,
+        affinity: service.session_affinity,
+        balancing: service.balancing,
+        hairpins: serving.here,
     }
 }
 
 fn firewall(service: &Service) -> Option<Firewall> {
-    let sources = match &service.node_port_sources {
-        SourceRestriction::Unrestricted => return None,
-        SourceRestriction::Allow(cidrs) => Sources::Allow(cidrs.clone()),
-        SourceRestriction::Closed => Sources::Closed,
-    };
+    let sources = sources(&service.node_port_sources)?;
     let mut node_ports: Vec<NodePort> = service
         .ports
         .iter()
@@ -91,4 +108,54 @@ fn firewall(service: &Service) -> Option<Firewall> {
         .collect();
     node_ports.sort();
     (!node_ports.is_empty()).then_some(Firewall { node_ports, sources })
+}
+
+/// A family of which no range is listed is not restricted, as kube-proxy has it.
+fn load_balancer_firewall(service: &Service, node: &NodeContext) -> Option<LoadBalancerFirewall> {
+    let mut sources = sources(&service.load_balancer_sources)?;
+    let restricted = |family: Family| match &sources {
+        Sources::Closed => true,
+        Sources::Allow(cidrs) => !cidrs.of_family(family).is_empty(),
+    };
+    let addresses: Vec<IpAddr> = service
+        .load_balancer_ips
+        .iter()
+        .copied()
+        .filter(|address| restricted(Family::of(*address)))
+        .collect();
+    let mut all: Vec<_> = service
+        .ports
+        .iter()
+        .flat_map(|port| {
+            let of = |address: &IpAddr| LoadBalancerAddress {
+                protocol: port.protocol,
+                address: *address,
+                port: port.port.get(),
+                port_name: port.name.clone(),
+            };
+            addresses.iter().map(of).collect::<Vec<_>>()
+        })
+        .collect();
+    all.sort();
+    all.dedup();
+    if all.is_empty() {
+        return None;
+    }
+    // Where a load-balancer address is an address of the node, the node's own connections to it
+    // come from it.
+    if let Sources::Allow(cidrs) = &mut sources
+        && node.node.primary_addresses.iter().any(|address| cidrs.contains(*address))
+    {
+        let all = Family::ALL.iter().flat_map(|family| cidrs.of_family(*family));
+        *cidrs = CidrSet::new(all.chain(addresses.iter().copied().map(Into::into)));
+    }
+    Some(LoadBalancerFirewall { addresses: all, sources })
+}
+
+fn sources(restriction: &SourceRestriction) -> Option<Sources> {
+    match restriction {
+        SourceRestriction::Unrestricted => None,
+        SourceRestriction::Allow(cidrs) => Some(Sources::Allow(cidrs.clone())),
+        SourceRestriction::Closed => Some(Sources::Closed),
+    }
 }

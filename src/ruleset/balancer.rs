@@ -1,27 +1,66 @@
 //! Chains that choose an endpoint: one for each number of endpoints in use.
 
 use super::chains::MASQUERADE_BIT;
-use super::rule::Selector::{DestinationAddress, DestinationPort, L4Proto, Random};
+use super::rule::Selector::{
+    self, DestinationAddress, DestinationPort, InputInterface, L4Proto, SourceAddress,
+};
 use super::rule::{RuleBuilder, RuleSpec};
 use super::sets::SetName;
-use crate::model::Family;
-use crate::plan::Frontend;
+use crate::model::{Balancing, Family};
 
-/// What kind of address leads to an endpoint.
+/// The slot of the first endpoint of a Service's second list, that of its node-local endpoints,
+/// where it has both.
+pub const LOCAL_SLOTS: u32 = 1 << 31;
+
+/// By which kind of address a chain is reached, and what that means for who serves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum FrontendKind {
-    /// An address of the Service.
-    ServiceIp,
-    /// A port of the node.
+pub enum Route {
+    /// An address of the Service; the client keeps its address.
+    Service,
+    /// An external address: the answer must come back through this node.
+    External,
+    /// An external address that only endpoints of this node serve. Pods of this node and the node
+    /// itself are served by all.
+    ExternalLocal,
+    /// A port of the node: the answer must come back through this node.
     NodePort,
+    /// A port of the node that only endpoints of this node serve. Pods of this node and the node
+    /// itself are served by all.
+    NodePortLocal,
+    /// A port of the node, for pods of this node and the node itself.
+    NodePortFromHere,
 }
 
-impl From<&Frontend> for FrontendKind {
-    fn from(frontend: &Frontend) -> FrontendKind {
-        match frontend {
-            Frontend::ClusterIp { .. } => FrontendKind::ServiceIp,
-            Frontend::NodePort { .. } => FrontendKind::NodePort,
+impl Route {
+    /// Every one, in the order in which a listing shows them.
+    pub const ALL: [Route; 6] = [
+        Route::Service,
+        Route::External,
+        Route::ExternalLocal,
+        Route::NodePort,
+        Route::NodePortLocal,
+        Route::NodePortFromHere,
+    ];
+
+    fn name(self) -> &'static str {
+        match self {
+            Route::Service => "service",
+            Route::External => "external",
+            Route::ExternalLocal => "external-local",
+            Route::NodePort => "nodeport",
+            Route::NodePortLocal => "nodeport-local",
+            Route::NodePortFromHere => "nodeport-from-here",
         }
+    }
+
+    /// Whether it is by the node's addresses.
+    pub fn is_node_port(self) -> bool {
+        matches!(self, Route::NodePort | Route::NodePortLocal | Route::NodePortFromHere)
+    }
+
+    /// Whether it leads to endpoints of this node only.
+    pub fn is_local(self) -> bool {
+        matches!(self, Route::ExternalLocal | Route::NodePortLocal)
     }
 }
 
@@ -29,40 +68,171 @@ impl From<&Frontend> for FrontendKind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Balancer {
     /// By which kind of address.
-    pub kind: FrontendKind,
+    pub route: Route,
     /// In which family.
     pub family: Family,
-    /// Over how many endpoints; at least one.
+    /// Over how many endpoints; zero only for the local routes.
     pub endpoints: u32,
+    /// Whether a client that is remembered gets its endpoint again.
+    pub sticky: bool,
+    /// How the others get one.
+    pub balancing: Balancing,
 }
 
 impl Balancer {
-    /// The chain's name, such as `service4-over-3`.
-    pub fn name(&self) -> String {
-        let kind = match self.kind {
-            FrontendKind::ServiceIp => "service",
-            FrontendKind::NodePort => "nodeport",
+    /// The chain's name, such as `service4-over-3` or `nodeport6-over-2-sticky`.
+    pub fn name(self) -> String {
+        let sticky = if self.sticky { "-sticky" } else { "" };
+        let balancing = match self.balancing {
+            Balancing::Random => "",
+            Balancing::SourceHash => "-by-source",
         };
-        format!("{kind}{}-over-{}", self.family.digit(), self.endpoints)
+        let (route, family) = (self.route.name(), self.family.digit());
+        format!("{route}{family}-over-{}{sticky}{balancing}", self.endpoints)
     }
 
-    /// The chain's only rule.
-    pub fn rule(&self) -> RuleSpec {
-        let (family, slot) = (self.family, Random(self.endpoints));
-        match self.kind {
-            // dnat ip to ip daddr . meta l4proto . th dport . numgen random mod 3 map @endpoints4
-            FrontendKind::ServiceIp => RuleBuilder::new().dnat_map(
-                family,
-                &[DestinationAddress(family), L4Proto, DestinationPort, slot],
-                &SetName::Endpoints(family),
-            ),
-            // The answer must come back through this node, so the source becomes the node.
-            FrontendKind::NodePort => RuleBuilder::new().mark(MASQUERADE_BIT).dnat_map(
-                family,
-                &[L4Proto, DestinationPort, slot],
-                &SetName::NodePortEndpoints(family),
-            ),
+    /// The balancing chain with this name.
+    pub fn parse(name: &str) -> Option<Balancer> {
+        let (head, tail) = name.split_once("-over-")?;
+        let mut parts = tail.splitn(2, '-');
+        let endpoints = parts.next()?.parse().ok()?;
+        let (sticky, balancing) = match parts.next() {
+            None => (false, Balancing::Random),
+            Some("sticky") => (true, Balancing::Random),
+            Some("by-source") => (false, Balancing::SourceHash),
+            Some("sticky-by-source") => (true, Balancing::SourceHash),
+            Some(_) => return None,
+        };
+        let all = Route::ALL.into_iter().flat_map(|route| Family::ALL.map(|f| (route, f)));
+        let named = |(route, family): &(Route, Family)| {
+            head.strip_prefix(route.name()).is_some_and(|rest| rest == family.digit().to_string())
+        };
+        let (route, family) = { all }.find(named)?;
+        let balancer = Balancer { route, family, endpoints, sticky, balancing };
+        let possible = endpoints > 0 || route.is_local();
+        (possible && balancer.name() == name).then_some(balancer)
+    }
+
+    /// The slots of the endpoints that it leads to.
+    pub fn slots(self) -> std::ops::Range<u32> {
+        let first = if self.route.is_local() { LOCAL_SLOTS } else { 0 };
+        first..first + self.endpoints
+    }
+
+    /// The chain's rules.
+    pub fn rules(self) -> Vec<RuleSpec> {
+        let mut rules = Vec::new();
+        if self.route.is_local() {
+            rules.extend(self.short_circuit());
         }
-        .build(None)
+        if self.endpoints == 0 {
+            return rules;
+        }
+        let map = if self.route.is_node_port() {
+            SetName::NodePortEndpoints(self.family)
+        } else {
+            SetName::Endpoints(self.family)
+        };
+        if self.sticky {
+            let key = [
+                SourceAddress(self.family),
+                DestinationAddress(self.family),
+                L4Proto,
+                DestinationPort,
+            ];
+            let remembered = SetName::Affinity(self.family);
+            rules.push(self.begin().dnat_map(self.family, &key, &remembered).build(None));
+        }
+        // dnat ip to ip daddr . meta l4proto . th dport . numgen random mod 3 map @endpoints4
+        let mut key = self.frontend();
+        let std::ops::Range { start: offset, .. } = self.slots();
+        let modulus = self.endpoints;
+        key.push(match self.balancing {
+            Balancing::Random => Selector::Random { modulus, offset },
+            Balancing::SourceHash => Selector::SourceHash { family: self.family, modulus, offset },
+        });
+        rules.push(self.begin().dnat_map(self.family, &key, &map).build(None));
+        rules
+    }
+
+    /// The answer must come back through this node, unless the endpoint is here: so the source
+    /// becomes the node.
+    fn begin(self) -> RuleBuilder {
+        match self.route {
+            Route::External | Route::NodePort => RuleBuilder::new().mark(MASQUERADE_BIT),
+            _ => RuleBuilder::new(),
+        }
+    }
+
+    fn frontend(self) -> Vec<Selector> {
+        if self.route.is_node_port() {
+            vec![L4Proto, DestinationPort]
+        } else {
+            vec![DestinationAddress(self.family), L4Proto, DestinationPort]
+        }
+    }
+
+    /// Who is here did not come through a load balancer, which would have chosen a node with
+    /// endpoints. The node may have used an address that others cannot answer to.
+    fn short_circuit(self) -> [RuleSpec; 3] {
+        let (family, key) = (self.family, self.frontend());
+        let map = if self.route.is_node_port() {
+            SetName::NodePortClusterPolicy(family)
+        } else {
+            SetName::ClusterPolicy(family)
+        };
+        let by_interface = if self.route.is_node_port() {
+            RuleBuilder::nfproto(family)
+        } else {
+            RuleBuilder::of(family)
+        };
+        let from = |begin: RuleBuilder| begin.vmap(&key, &map).build(None);
+        [
+            from(
+                RuleBuilder::of(family)
+                    .in_set(&[SourceAddress(family)], &SetName::PodCidrs(family)),
+            ),
+            from(by_interface.in_set(&[InputInterface], &SetName::PodInterfaces)),
+            from(RuleBuilder::nfproto(family).by_local_address().mark(MASQUERADE_BIT)),
+        ]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_tell_what_a_chain_is() {
+        for route in Route::ALL {
+            for family in Family::ALL {
+                for (endpoints, sticky, balancing) in [
+                    (0, false, Balancing::Random),
+                    (1, false, Balancing::Random),
+                    (100, true, Balancing::Random),
+                    (2, false, Balancing::SourceHash),
+                    (u32::MAX >> 1, true, Balancing::SourceHash),
+                ] {
+                    let balancer = Balancer { route, family, endpoints, sticky, balancing };
+                    let possible = endpoints > 0 || route.is_local();
+                    let expected = possible.then_some(balancer);
+                    assert_eq!(Balancer::parse(&balancer.name()), expected, "{balancer:?}");
+                }
+            }
+        }
+        for other in [
+            "service4-over-",
+            "service4-over-03",
+            "service4-over-0",
+            "service5-over-1",
+            "service-over-1",
+            "external4-local-over-1",
+            "service4-over-1-",
+            "service4-over-1-by-source-sticky",
+            "service4-over-4294967296",
+            "services",
+        ] {
+            assert_eq!(Balancer::parse(other), None, "{other}");
+        }
     }
 }

@@ -1,6 +1,9 @@
 //! The chains that are always there, and their rules.
 
-use super::rule::Selector::{DestinationAddress, DestinationPort, L4Proto, SourceAddress};
+use super::rule::Selector::{
+    self, DestinationAddress, DestinationPort, InputInterface, L4Proto, OriginalDestination,
+    OriginalDestinationPort, SourceAddress,
+};
 use super::rule::{RuleBuilder, RuleSpec};
 use super::sets::SetName;
 use crate::model::Family;
@@ -45,21 +48,34 @@ const fn shared(name: &'static str, comment: &'static str) -> BaseChain {
     BaseChain { name, hooked: None, priority: "", comment }
 }
 
+/// The chain that answers as a port without a listener does.
+pub(super) const REJECT_CHAIN: &str = "reject-connection";
+
 /// The chains that are always there. Those that are jumped to come first, as the kernel wants it.
 #[rustfmt::skip]
 pub const BASE_CHAINS: &[BaseChain] = &[
     shared("source-firewall", "node ports: who may connect"),
+    shared("load-balancer-firewall", "load-balancer addresses: who may connect"),
     shared("services", "Service addresses and node ports to endpoints"),
-    shared("reject-connection", "answers as a port without a listener does"),
+    shared("remember-endpoints", "session affinity: who got which endpoint"),
+    shared(REJECT_CHAIN, "answers as a port without a listener does"),
     shared("without-endpoints", "finds what no endpoint serves"),
+    shared("unknown-addresses", "finds what is sent to the Service network and to no Service"),
     // Before any DNAT, of ours or others, while the packet still carries the node port.
     base("firewall-prerouting", ChainKind::Filter, Hook::Prerouting,
         (DSTNAT - 10, "dstnat - 10"), "source firewalls, before DNAT"),
+    // nft 1.0.6 knows dstnat in prerouting only and prints the number here.
+    base("firewall-output", ChainKind::Filter, Hook::Output,
+        (DSTNAT - 10, "-110"), "source firewalls, before DNAT, for the node itself"),
     base("nat-prerouting", ChainKind::Nat, Hook::Prerouting,
         (DSTNAT, "dstnat"), "connections from elsewhere"),
-    // nft 1.0.6 knows dstnat in prerouting only and prints the number here.
     base("nat-output", ChainKind::Nat, Hook::Output,
         (DSTNAT, "-100"), "connections of the node itself"),
+    // Behind DNAT, when the endpoint is known.
+    base("affinity-prerouting", ChainKind::Filter, Hook::Prerouting,
+        (DSTNAT + 5, "dstnat + 5"), "session affinity: connections from elsewhere"),
+    base("affinity-output", ChainKind::Filter, Hook::Output,
+        (DSTNAT + 5, "-95"), "session affinity: connections of the node itself"),
     base("filter-input", ChainKind::Filter, Hook::Input,
         (FILTER, "filter"), "node ports without endpoints"),
     base("filter-forward", ChainKind::Filter, Hook::Forward,
@@ -67,16 +83,19 @@ pub const BASE_CHAINS: &[BaseChain] = &[
     base("filter-output", ChainKind::Filter, Hook::Output,
         (FILTER, "filter"), "the node's own connections without endpoints"),
     base("nat-postrouting", ChainKind::Nat, Hook::Postrouting,
-        (SRCNAT, "srcnat"), "masquerade: node ports and hairpin"),
+        (SRCNAT, "srcnat"), "masquerade: as marked, and hairpin"),
 ];
 
 /// The rules of [`BASE_CHAINS`], by chain, in their order.
 pub fn base_rules() -> Vec<(&'static str, RuleSpec)> {
     let mut rules = Vec::new();
     rules.extend(source_firewall().map(|rule| ("source-firewall", rule)));
+    rules.extend(load_balancer_firewall().map(|rule| ("load-balancer-firewall", rule)));
     rules.extend(services().map(|rule| ("services", rule)));
-    rules.extend(reject_connection().map(|rule| ("reject-connection", rule)));
+    rules.extend(remember_endpoints().map(|rule| ("remember-endpoints", rule)));
+    rules.extend(reject_connection().map(|rule| (REJECT_CHAIN, rule)));
     rules.extend(without_endpoints().map(|rule| ("without-endpoints", rule)));
+    rules.extend(unknown_addresses().map(|rule| ("unknown-addresses", rule)));
     rules.push((
         "firewall-prerouting",
         // The node's own connections come through the loopback device and are exempt.
@@ -86,12 +105,24 @@ pub fn base_rules() -> Vec<(&'static str, RuleSpec)> {
             .verdict(jump("source-firewall"))
             .build(None),
     ));
+    for chain in ["firewall-prerouting", "firewall-output"] {
+        let rule = RuleBuilder::new().ct_state_related_or_new();
+        rules.push((chain, rule.verdict(jump("load-balancer-firewall")).build(None)));
+    }
     for chain in ["nat-prerouting", "nat-output"] {
         rules.push((chain, RuleBuilder::new().verdict(jump("services")).build(None)));
     }
+    for chain in ["affinity-prerouting", "affinity-output"] {
+        let rule = RuleBuilder::new().ct_state_new().ct_status_dnat();
+        rules.push((chain, rule.verdict(jump("remember-endpoints")).build(None)));
+    }
     for chain in ["filter-input", "filter-forward", "filter-output"] {
-        let rule = RuleBuilder::new().ct_state_new().verdict(jump("without-endpoints"));
-        rules.push((chain, rule.build(None)));
+        let new = || RuleBuilder::new().ct_state_new();
+        rules.push((chain, new().verdict(jump("without-endpoints")).build(None)));
+        // What is for the node itself is for somebody who has the address.
+        if chain != "filter-input" {
+            rules.push((chain, new().verdict(jump("unknown-addresses")).build(None)));
+        }
     }
     rules.extend(postrouting().into_iter().map(|rule| ("nat-postrouting", rule)));
     rules
@@ -109,6 +140,10 @@ fn to_node_port_address(family: Family) -> RuleBuilder {
         .at_local_address()
 }
 
+fn service_key(family: Family) -> [Selector; 3] {
+    [DestinationAddress(family), L4Proto, DestinationPort]
+}
+
 fn source_firewall() -> [RuleSpec; 2] {
     Family::ALL.map(|family| {
         to_node_port_address(family)
@@ -117,17 +152,47 @@ fn source_firewall() -> [RuleSpec; 2] {
     })
 }
 
-fn services() -> [RuleSpec; 4] {
+fn load_balancer_firewall() -> [RuleSpec; 2] {
+    Family::ALL.map(|family| {
+        let map = SetName::LoadBalancerFirewall(family);
+        RuleBuilder::new().vmap(&service_key(family), &map).build(None)
+    })
+}
+
+fn services() -> [RuleSpec; 6] {
+    // Who is not a pod might get an answer that does not come back through this node.
+    let [masquerade4, masquerade6] = Family::ALL.map(|family| {
+        RuleBuilder::new()
+            .in_set(&[DestinationAddress(family)], &SetName::ClusterIps(family))
+            .not_in_set(&[SourceAddress(family)], &SetName::Unmasqueraded(family))
+            .not_in_set(&[InputInterface], &SetName::UnmasqueradedInterfaces)
+            .mark(MASQUERADE_BIT)
+            .build(None)
+    });
     let [by_address4, by_address6] = Family::ALL.map(|family| {
-        let key = [DestinationAddress(family), L4Proto, DestinationPort];
-        RuleBuilder::new().vmap(&key, &SetName::ServiceIps(family)).build(None)
+        RuleBuilder::new().vmap(&service_key(family), &SetName::ServiceIps(family)).build(None)
     });
     let [by_node_port4, by_node_port6] = Family::ALL.map(|family| {
         to_node_port_address(family)
             .vmap(&[L4Proto, DestinationPort], &SetName::NodePorts(family))
             .build(None)
     });
-    [by_address4, by_address6, by_node_port4, by_node_port6]
+    [masquerade4, masquerade6, by_address4, by_address6, by_node_port4, by_node_port6]
+}
+
+/// By what the first packet carried when it came; now it carries the endpoint.
+fn remember_endpoints() -> [RuleSpec; 4] {
+    let [address4, address6] = Family::ALL.map(|family| {
+        let key = [OriginalDestination(family), L4Proto, OriginalDestinationPort];
+        RuleBuilder::new().vmap(&key, &SetName::Sticky(family)).build(None)
+    });
+    let [node_port4, node_port6] = Family::ALL.map(|family| {
+        RuleBuilder::new()
+            .in_set(&[OriginalDestination(family)], &SetName::NodePortIps(family))
+            .vmap(&[L4Proto, OriginalDestinationPort], &SetName::StickyNodePorts(family))
+            .build(None)
+    });
+    [address4, address6, node_port4, node_port6]
 }
 
 /// TCP is answered with a reset rather than with ICMP: the ICMP error for a SYN of the node itself
@@ -138,29 +203,33 @@ fn reject_connection() -> [RuleSpec; 2] {
     [tcp, RuleBuilder::new().reject().build(None)]
 }
 
-fn goto_reject() -> Verdict {
-    Verdict::Goto("reject-connection".to_owned())
-}
-
-fn without_endpoints() -> [RuleSpec; 6] {
+fn without_endpoints() -> [RuleSpec; 4] {
     let [address4, address6] = Family::ALL.map(|family| {
-        let key = [DestinationAddress(family), L4Proto, DestinationPort];
-        let rule = RuleBuilder::new().in_set(&key, &SetName::NoEndpoints(family));
-        rule.verdict(goto_reject()).build(Some("no endpoints"))
+        RuleBuilder::new().vmap(&service_key(family), &SetName::NoEndpoints(family)).build(None)
     });
     let [node_port4, node_port6] = Family::ALL.map(|family| {
-        let key = [L4Proto, DestinationPort];
-        let rule = to_node_port_address(family).in_set(&key, &SetName::NoEndpointNodePorts(family));
-        rule.verdict(goto_reject()).build(Some("no endpoints"))
+        to_node_port_address(family)
+            .vmap(&[L4Proto, DestinationPort], &SetName::NoEndpointNodePorts(family))
+            .build(None)
     });
-    // What reaches this was not translated, so its port belongs to no Service.
-    let [unknown4, unknown6] = Family::ALL.map(|family| {
+    [address4, address6, node_port4, node_port6]
+}
+
+/// What reaches this was not translated, so no Service has its address, or none its port.
+fn unknown_addresses() -> [RuleSpec; 4] {
+    let [port4, port6] = Family::ALL.map(|family| {
         RuleBuilder::new()
             .in_set(&[DestinationAddress(family)], &SetName::ClusterIps(family))
-            .verdict(goto_reject())
+            .verdict(Verdict::Goto(REJECT_CHAIN.to_owned()))
             .build(Some("no such port"))
     });
-    [address4, address6, node_port4, node_port6, unknown4, unknown6]
+    let [address4, address6] = Family::ALL.map(|family| {
+        RuleBuilder::new()
+            .in_set(&[DestinationAddress(family)], &SetName::ServiceCidrs(family))
+            .verdict(Verdict::Drop)
+            .build(Some("no such Service"))
+    });
+    [port4, port6, address4, address6]
 }
 
 fn postrouting() -> [RuleSpec; 3] {

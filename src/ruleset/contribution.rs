@@ -6,11 +6,14 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
-use super::balancer::{Balancer, FrontendKind};
-use super::element::{ChainName, Element, ElementKey, KeyBytes, Value};
+use super::affinity::Remember;
+use super::balancer::{Balancer, LOCAL_SLOTS, Route};
+use super::element::{ChainName, Element, ElementKey, KeyBytes, SharedChain, Value};
 use super::firewall::FirewallChain;
 use super::sets::SetName;
-use crate::model::{Backend, Family, NodeContext, Protocol, ServiceName};
+use crate::model::{
+    Backend, Family, LocalTraffic, NodeContext, Protocol, ServiceName, TrafficPolicy,
+};
 use crate::plan::{Frontend, Pool, ServicePlan, Sources};
 
 /// Whose contribution something is.
@@ -37,38 +40,97 @@ impl std::fmt::Display for Subject {
 /// came, because moving the others would cost an operation for each of them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Contribution {
-    /// CIDRs at whose local addresses node ports are served.
-    Node(Vec<IpNet>),
+    /// What the node is known by.
+    Node(Arc<NodeElements>),
     /// A Service's plan, and for each of its pools the backends in slot order.
     Service {
         /// The plan.
         plan: Arc<ServicePlan>,
         /// For each pool, its backends in the order of their slots.
-        slots: Vec<Vec<Backend>>,
+        slots: Vec<PoolSlots>,
     },
+}
+
+/// CIDRs and interfaces of the node.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NodeElements {
+    /// CIDRs at whose local addresses node ports are served.
+    pub nodeport_cidrs: Vec<IpNet>,
+    /// The Service network.
+    pub service_cidrs: Vec<IpNet>,
+    /// The addresses of pods of this node.
+    pub pod_cidrs: Vec<IpNet>,
+    /// Sources that keep their address when they connect to a ClusterIP.
+    pub unmasqueraded: Vec<IpNet>,
+    /// The interfaces of pods of this node, as names or beginnings of names.
+    pub pod_interfaces: Vec<InterfaceName>,
+    /// Interfaces from which sources keep their address when they connect to a ClusterIP.
+    pub unmasqueraded_interfaces: Vec<InterfaceName>,
+}
+
+/// One interface, or all whose names begin alike.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum InterfaceName {
+    /// The one with this name.
+    Exact(Arc<str>),
+    /// Those whose names begin so.
+    Prefix(Arc<str>),
+}
+
+/// The backends of a pool in the order of their slots.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PoolSlots {
+    /// [`Pool::backends`].
+    pub cluster: Vec<Backend>,
+    /// [`Pool::local_backends`].
+    pub local: Vec<Backend>,
 }
 
 impl Contribution {
     /// The node's contribution.
     pub fn node(node: &NodeContext) -> Contribution {
-        Contribution::Node(Family::ALL.iter().flat_map(|f| node.nodeport_cidrs(*f)).collect())
+        let both = |of: &dyn Fn(Family) -> Vec<IpNet>| {
+            Family::ALL.iter().flat_map(|family| of(*family)).collect()
+        };
+        let service_cidrs = crate::model::CidrSet::new(node.service_cidrs.iter().copied());
+        let pod_interfaces: Vec<InterfaceName> = match &node.local_traffic {
+            LocalTraffic::NodeCidrs | LocalTraffic::Cidrs(_) => Vec::new(),
+            LocalTraffic::Bridge(name) => vec![InterfaceName::Exact(name.clone())],
+            LocalTraffic::InterfacePrefix(prefix) => vec![InterfaceName::Prefix(prefix.clone())],
+        };
+        let unmasqueraded_interfaces =
+            if node.masquerade_all { Vec::new() } else { pod_interfaces.clone() };
+        Contribution::Node(Arc::new(NodeElements {
+            nodeport_cidrs: both(&|family| node.nodeport_cidrs(family)),
+            service_cidrs: both(&|family| service_cidrs.of_family(family)),
+            pod_cidrs: both(&|family| node.pod_cidrs(family)),
+            unmasqueraded: both(&|family| node.unmasqueraded(family)),
+            pod_interfaces,
+            unmasqueraded_interfaces,
+        }))
     }
 
     /// A Service's contribution. `previous` says in which slots the backends of a pool are now.
     pub fn service(
         plan: Arc<ServicePlan>,
-        mut previous: impl FnMut(&Pool) -> Option<Vec<Backend>>,
+        mut previous: impl FnMut(&Pool) -> Option<PoolSlots>,
     ) -> Contribution {
         let slots = plan
             .pools
             .iter()
-            .map(|pool| assign_slots(previous(pool).as_deref().unwrap_or_default(), &pool.backends))
+            .map(|pool| {
+                let previous = previous(pool).unwrap_or_default();
+                PoolSlots {
+                    cluster: assign_slots(&previous.cluster, &pool.backends),
+                    local: assign_slots(&previous.local, &pool.local_backends),
+                }
+            })
             .collect();
         Contribution::Service { plan, slots }
     }
 
     /// The slots of the pool with this port, protocol and family, if there is one.
-    pub fn slots_of(&self, wanted: &Pool) -> Option<&[Backend]> {
+    pub fn slots_of(&self, wanted: &Pool) -> Option<&PoolSlots> {
         let Contribution::Service { plan, slots } = self else { return None };
         let same = |pool: &Pool| {
             (&pool.port_name, pool.protocol, pool.family)
@@ -89,12 +151,7 @@ impl Contribution {
     /// The elements that are this subject's alone.
     pub fn elements(&self, mut each: impl FnMut(Element)) {
         match self {
-            Contribution::Node(cidrs) => {
-                for cidr in cidrs {
-                    let set = SetName::NodePortIps(Family::of(cidr.network()));
-                    each(set_element(ElementKey::cidr(set, *cidr), None));
-                }
-            }
+            Contribution::Node(node) => node.elements(&mut each),
             Contribution::Service { plan, slots } => {
                 let owner: Arc<str> = plan.service().to_string().into();
                 for address in &plan.cluster_ips {
@@ -103,9 +160,13 @@ impl Contribution {
                     each(set_element(key, Some(&owner)));
                 }
                 for (pool, slots) in plan.pools.iter().zip(slots) {
-                    pool_elements(pool, slots, &owned_port(&owner, &pool.port_name), &mut each);
+                    let owner = owned_port(&owner, &pool.port_name);
+                    for frontend in &pool.frontends {
+                        Entry::new(pool, frontend, slots).elements(&owner, &mut each);
+                    }
                 }
                 firewall_elements(plan, &owner, &mut each);
+                load_balancer_elements(plan, &owner, &mut each);
             }
         }
     }
@@ -113,25 +174,56 @@ impl Contribution {
     /// Addresses whose hairpin element this subject needs; others may need the same.
     pub fn hairpins(&self) -> BTreeSet<IpAddr> {
         let Contribution::Service { plan, .. } = self else { return BTreeSet::new() };
-        plan.pools.iter().flat_map(|pool| pool.local.iter().copied()).collect()
+        plan.pools.iter().flat_map(|pool| pool.hairpins.iter().copied()).collect()
     }
 
-    /// Balancing chains that this subject needs; others may need the same.
-    pub fn balancers(&self) -> BTreeSet<Balancer> {
+    /// Chains that this subject needs; others may need the same.
+    pub fn shared_chains(&self) -> BTreeSet<SharedChain> {
         let Contribution::Service { plan, slots } = self else { return BTreeSet::new() };
         let pools = plan.pools.iter().zip(slots);
         pools
             .flat_map(|(pool, slots)| {
-                pool.frontends.iter().filter_map(|frontend| balancer(pool, frontend, slots))
+                pool.frontends
+                    .iter()
+                    .flat_map(move |frontend| Entry::new(pool, frontend, slots).chains())
             })
             .collect()
     }
 
-    /// The firewall chain of this subject, with its sets.
-    pub fn firewall(&self) -> Option<FirewallChain> {
-        let plan = self.plan()?;
-        plan.firewall.as_ref()?;
-        Some(FirewallChain { service: plan.service().clone() })
+    /// The firewall chains of this subject, with their sets.
+    pub fn firewalls(&self) -> Vec<FirewallChain> {
+        let Some(plan) = self.plan() else { return Vec::new() };
+        let service = || plan.service().clone();
+        let node_ports = plan.firewall.as_ref().map(|_| FirewallChain::of_node_ports(service()));
+        let load_balancer = plan.load_balancer_firewall.as_ref();
+        let load_balancer = load_balancer.map(|_| FirewallChain::of_load_balancer(service()));
+        node_ports.into_iter().chain(load_balancer).collect()
+    }
+}
+
+impl NodeElements {
+    fn elements(&self, each: &mut impl FnMut(Element)) {
+        type OfFamily = fn(Family) -> SetName;
+        let sets: [(OfFamily, &[IpNet]); 4] = [
+            (SetName::NodePortIps, &self.nodeport_cidrs),
+            (SetName::ServiceCidrs, &self.service_cidrs),
+            (SetName::PodCidrs, &self.pod_cidrs),
+            (SetName::Unmasqueraded, &self.unmasqueraded),
+        ];
+        for (set, cidrs) in sets {
+            for cidr in cidrs {
+                let set = set(Family::of(cidr.network()));
+                each(set_element(ElementKey::cidr(set, *cidr), None));
+            }
+        }
+        for (set, interfaces) in [
+            (SetName::PodInterfaces, &self.pod_interfaces),
+            (SetName::UnmasqueradedInterfaces, &self.unmasqueraded_interfaces),
+        ] {
+            for interface in interfaces {
+                each(set_element(ElementKey::interface(set.clone(), interface), None));
+            }
+        }
     }
 }
 
@@ -142,67 +234,217 @@ pub(crate) fn hairpin_element(address: IpAddr) -> Element {
     set_element(ElementKey::single(set, key), None)
 }
 
-/// The key under which a frontend's endpoint stands at `slot`.
-pub(crate) fn endpoint_key(pool: &Pool, frontend: &Frontend, slot: usize) -> ElementKey {
-    let slot = u32::try_from(slot).expect("a Service has fewer than 2^32 endpoints");
-    let (family, protocol) = (pool.family, pool.protocol);
-    let key = frontend_key(frontend, protocol).slot(slot);
-    let set = match frontend {
-        Frontend::ClusterIp { .. } => SetName::Endpoints(family),
-        Frontend::NodePort { .. } => SetName::NodePortEndpoints(family),
-    };
-    ElementKey::single(set, key)
+/// One frontend, and the lists of backends that serve it.
+pub(crate) struct Entry<'a> {
+    pool: &'a Pool,
+    frontend: &'a Frontend,
+    slots: &'a PoolSlots,
+}
+
+/// What an entry becomes.
+enum Path {
+    /// Connections find nobody.
+    Nobody(Value),
+    /// One list serves everybody.
+    Direct(Balancer),
+    /// Connections from elsewhere are served by one list, those from here by the other.
+    Local { from_elsewhere: Balancer, from_here: Balancer },
+}
+
+impl<'a> Entry<'a> {
+    pub(crate) fn new(pool: &'a Pool, frontend: &'a Frontend, slots: &'a PoolSlots) -> Entry<'a> {
+        Entry { pool, frontend, slots }
+    }
+
+    fn path(&self) -> Path {
+        let Pool { internal_traffic, external_traffic, .. } = self.pool;
+        let PoolSlots { cluster, local } = self.slots;
+        let reject = Value::Goto(ChainName::Reject);
+        let (list, route, route_local, route_here) = match self.frontend {
+            Frontend::ClusterIp { .. } => {
+                let list = match internal_traffic {
+                    TrafficPolicy::Cluster => cluster,
+                    TrafficPolicy::Local => local,
+                };
+                return match (list.is_empty(), self.pool.any) {
+                    (false, _) => Path::Direct(self.balancer(Route::Service, list)),
+                    // On another node there would be one.
+                    (true, true) => Path::Nobody(Value::Drop),
+                    (true, false) => Path::Nobody(reject),
+                };
+            }
+            Frontend::External { .. } => {
+                (cluster, Route::External, Route::ExternalLocal, Route::Service)
+            }
+            Frontend::NodePort { .. } => {
+                (cluster, Route::NodePort, Route::NodePortLocal, Route::NodePortFromHere)
+            }
+        };
+        match (list.is_empty(), external_traffic) {
+            (true, _) => Path::Nobody(reject),
+            (false, TrafficPolicy::Cluster) => Path::Direct(self.balancer(route, list)),
+            (false, TrafficPolicy::Local) => Path::Local {
+                from_elsewhere: self.balancer(route_local, local),
+                from_here: self.balancer(route_here, cluster),
+            },
+        }
+    }
+
+    fn balancer(&self, route: Route, list: &[Backend]) -> Balancer {
+        Balancer {
+            route,
+            family: self.pool.family,
+            endpoints: u32::try_from(list.len()).expect("a Service has fewer than 2^31 endpoints"),
+            sticky: self.pool.affinity.is_some(),
+            balancing: self.pool.balancing,
+        }
+    }
+
+    /// The chains that it leads to.
+    fn chains(&self) -> Vec<SharedChain> {
+        let mut chains = match self.path() {
+            Path::Nobody(_) => return Vec::new(),
+            Path::Direct(balancer) => vec![SharedChain::Balancer(balancer)],
+            Path::Local { from_elsewhere, from_here } => {
+                vec![SharedChain::Balancer(from_elsewhere), SharedChain::Balancer(from_here)]
+            }
+        };
+        chains.extend(self.remember().map(SharedChain::Remember));
+        chains
+    }
+
+    fn remember(&self) -> Option<Remember> {
+        let seconds = self.pool.affinity?.get();
+        Some(Remember { family: self.pool.family, seconds })
+    }
+
+    fn elements(&self, owner: &Arc<str>, each: &mut impl FnMut(Element)) {
+        let sets = self.sets();
+        let element = |set: &SetName, value| Element {
+            key: ElementKey::single(set.clone(), self.key()),
+            value,
+            comment: Some(Arc::clone(owner)),
+        };
+        let leads_to = |balancer| Value::Goto(ChainName::Shared(SharedChain::Balancer(balancer)));
+        match self.path() {
+            Path::Nobody(fate) => return each(element(&sets.nobody, fate)),
+            Path::Direct(balancer) => each(element(&sets.index, leads_to(balancer))),
+            Path::Local { from_elsewhere, from_here } => {
+                each(element(&sets.index, leads_to(from_elsewhere)));
+                each(element(&sets.from_here, leads_to(from_here)));
+                if from_elsewhere.endpoints == 0 {
+                    each(element(&sets.nobody, Value::Drop));
+                }
+            }
+        }
+        for (first, list) in self.lists() {
+            for (slot, backend) in (first..).zip(list) {
+                each(Element {
+                    key: ElementKey::single(sets.endpoints.clone(), self.key().slot(slot)),
+                    value: Value::Endpoint(KeyBytes::backend(backend)),
+                    comment: None,
+                });
+            }
+        }
+        if let Some(remember) = self.remember() {
+            let chain = ChainName::Shared(SharedChain::Remember(remember));
+            each(element(&sets.sticky, Value::Goto(chain)));
+        }
+    }
+
+    /// The lists of backends with their first slots.
+    fn lists(&self) -> Vec<(u32, &'a [Backend])> {
+        let PoolSlots { cluster, local } = self.slots;
+        match self.path() {
+            Path::Nobody(_) => Vec::new(),
+            Path::Direct(_) => match self.pool.policy(self.frontend) {
+                TrafficPolicy::Cluster => vec![(0, cluster)],
+                TrafficPolicy::Local => vec![(0, local)],
+            },
+            Path::Local { .. } => vec![(0, cluster), (LOCAL_SLOTS, local)],
+        }
+    }
+
+    fn key(&self) -> KeyBytes {
+        frontend_key(self.frontend, self.pool.protocol)
+    }
+
+    fn sets(&self) -> EntrySets {
+        let family = self.pool.family;
+        match self.frontend {
+            Frontend::ClusterIp { .. } | Frontend::External { .. } => EntrySets {
+                index: SetName::ServiceIps(family),
+                from_here: SetName::ClusterPolicy(family),
+                endpoints: SetName::Endpoints(family),
+                nobody: SetName::NoEndpoints(family),
+                sticky: SetName::Sticky(family),
+            },
+            Frontend::NodePort { .. } => EntrySets {
+                index: SetName::NodePorts(family),
+                from_here: SetName::NodePortClusterPolicy(family),
+                endpoints: SetName::NodePortEndpoints(family),
+                nobody: SetName::NoEndpointNodePorts(family),
+                sticky: SetName::StickyNodePorts(family),
+            },
+        }
+    }
+}
+
+/// The sets that a frontend stands in.
+struct EntrySets {
+    index: SetName,
+    from_here: SetName,
+    endpoints: SetName,
+    nobody: SetName,
+    sticky: SetName,
+}
+
+/// How a client that is remembered is found, behind the client's own address: by the address,
+/// protocol and port that it used; of a node port without the address.
+pub(crate) fn affinity_key(frontend: &Frontend, protocol: Protocol) -> Vec<u8> {
+    frontend_key(frontend, protocol).as_slice().to_vec()
+}
+
+/// What a client that is remembered is found with.
+pub(crate) fn affinity_value(backend: &Backend) -> Vec<u8> {
+    KeyBytes::backend(backend).as_slice().to_vec()
 }
 
 fn frontend_key(frontend: &Frontend, protocol: Protocol) -> KeyBytes {
     match *frontend {
-        Frontend::ClusterIp { address, port } => {
+        Frontend::ClusterIp { address, port } | Frontend::External { address, port } => {
             KeyBytes::empty().address(address).protocol(protocol).port(port)
         }
         Frontend::NodePort { port } => KeyBytes::empty().protocol(protocol).port(port),
     }
 }
 
-fn balancer(pool: &Pool, frontend: &Frontend, slots: &[Backend]) -> Option<Balancer> {
-    let endpoints = u32::try_from(slots.len()).expect("a Service has fewer than 2^32 endpoints");
-    let kind = FrontendKind::from(frontend);
-    (endpoints > 0).then_some(Balancer { kind, family: pool.family, endpoints })
+/// The map of endpoints that a frontend of this pool stands in, its key there without the slot, and
+/// the first slot of each list.
+pub(crate) fn endpoint_lists(pool: &Pool, frontend: &Frontend) -> EndpointLists {
+    let slots = PoolSlots::default();
+    let entry = Entry::new(pool, frontend, &slots);
+    let cluster_only = matches!(frontend, Frontend::ClusterIp { .. });
+    let (cluster, local) = match (pool.policy(frontend), cluster_only) {
+        (TrafficPolicy::Cluster, _) => (Some(0), None),
+        (TrafficPolicy::Local, true) => (None, Some(0)),
+        (TrafficPolicy::Local, false) => (Some(0), Some(LOCAL_SLOTS)),
+    };
+    EndpointLists { map: entry.sets().endpoints, key: entry.key(), cluster, local }
 }
 
-fn pool_elements(pool: &Pool, slots: &[Backend], owner: &Arc<str>, each: &mut impl FnMut(Element)) {
-    let family = pool.family;
-    for frontend in &pool.frontends {
-        let key = frontend_key(frontend, pool.protocol);
-        let Some(balancer) = balancer(pool, frontend, slots) else {
-            let set = match frontend {
-                Frontend::ClusterIp { .. } => SetName::NoEndpoints(family),
-                Frontend::NodePort { .. } => SetName::NoEndpointNodePorts(family),
-            };
-            each(set_element(ElementKey::single(set, key), Some(owner)));
-            continue;
-        };
-        let set = match frontend {
-            Frontend::ClusterIp { .. } => SetName::ServiceIps(family),
-            Frontend::NodePort { .. } => SetName::NodePorts(family),
-        };
-        each(Element {
-            key: ElementKey::single(set, key),
-            value: Value::Goto(ChainName::Balancer(balancer)),
-            comment: Some(Arc::clone(owner)),
-        });
-        for (slot, backend) in slots.iter().enumerate() {
-            each(Element {
-                key: endpoint_key(pool, frontend, slot),
-                value: Value::Endpoint(KeyBytes::backend(backend)),
-                comment: None,
-            });
-        }
-    }
+/// See [`endpoint_lists`].
+#[derive(Debug)]
+pub(crate) struct EndpointLists {
+    pub map: SetName,
+    pub key: KeyBytes,
+    pub cluster: Option<u32>,
+    pub local: Option<u32>,
 }
 
 fn firewall_elements(plan: &ServicePlan, owner: &Arc<str>, each: &mut impl FnMut(Element)) {
     let Some(firewall) = &plan.firewall else { return };
-    let chain = FirewallChain { service: plan.service().clone() };
+    let chain = FirewallChain::of_node_ports(plan.service().clone());
     for port in &firewall.node_ports {
         let key = KeyBytes::empty().protocol(port.protocol).port(port.port);
         each(Element {
@@ -211,11 +453,29 @@ fn firewall_elements(plan: &ServicePlan, owner: &Arc<str>, each: &mut impl FnMut
             comment: Some(owned_port(owner, &port.port_name)),
         });
     }
-    if let Sources::Allow(cidrs) = &firewall.sources {
+    source_elements(&chain, &firewall.sources, each);
+}
+
+fn load_balancer_elements(plan: &ServicePlan, owner: &Arc<str>, each: &mut impl FnMut(Element)) {
+    let Some(firewall) = &plan.load_balancer_firewall else { return };
+    let chain = FirewallChain::of_load_balancer(plan.service().clone());
+    for at in &firewall.addresses {
+        let key = KeyBytes::empty().address(at.address).protocol(at.protocol).port(at.port);
+        let set = SetName::LoadBalancerFirewall(Family::of(at.address));
+        each(Element {
+            key: ElementKey::single(set, key),
+            value: Value::Goto(ChainName::Firewall(chain.clone())),
+            comment: Some(owned_port(owner, &at.port_name)),
+        });
+    }
+    source_elements(&chain, &firewall.sources, each);
+}
+
+fn source_elements(chain: &FirewallChain, sources: &Sources, each: &mut impl FnMut(Element)) {
+    if let Sources::Allow(cidrs) = sources {
         for family in Family::ALL {
             for cidr in cidrs.of_family(family) {
-                let set = SetName::Allow(family, plan.service().clone());
-                each(set_element(ElementKey::cidr(set, cidr), None));
+                each(set_element(ElementKey::cidr(chain.set(family), cidr), None));
             }
         }
     }

@@ -2,11 +2,12 @@
 
 use xxhash_rust::xxh64::Xxh64;
 
-use super::balancer::{Balancer, FrontendKind};
+use super::affinity::Remember;
+use super::balancer::{Balancer, Route};
 use super::chains::{BASE_CHAINS, base_rules};
 use super::firewall::FirewallChain;
 use super::sets::SetName;
-use crate::model::{Family, ServiceName};
+use crate::model::{Balancing, Family, ServiceName};
 
 /// The table's comment, which carries a digest of the layout: chains, rules, types of sets, and
 /// the rules that balancing and firewall chains are made of.
@@ -23,16 +24,23 @@ pub fn layout_comment() -> String {
         hash.update(format!("{chain} {rule:?}").as_bytes());
     }
     let sample = ServiceName::new("namespace", "name");
-    let firewall = FirewallChain { service: sample };
-    for set in SetName::fixed().iter().chain(&firewall.sets()) {
+    let firewalls =
+        [FirewallChain::of_node_ports(sample.clone()), FirewallChain::of_load_balancer(sample)];
+    let sets = firewalls.iter().flat_map(FirewallChain::sets);
+    for set in SetName::fixed().into_iter().chain(sets) {
         hash.update(format!("{set} {:?}", set.spec()).as_bytes());
     }
-    for kind in [FrontendKind::ServiceIp, FrontendKind::NodePort] {
-        for family in Family::ALL {
-            let balancer = Balancer { kind, family, endpoints: 2 };
-            hash.update(format!("{} {:?}", balancer.name(), balancer.rule()).as_bytes());
+    for (route, family) in Route::ALL.iter().flat_map(|route| Family::ALL.map(|f| (*route, f))) {
+        for balancing in [Balancing::Random, Balancing::SourceHash] {
+            let balancer = Balancer { route, family, endpoints: 2, sticky: true, balancing };
+            hash.update(format!("{} {:?}", balancer.name(), balancer.rules()).as_bytes());
         }
     }
-    hash.update(format!("{} {:?}", firewall.name(), firewall.rules()).as_bytes());
+    for remember in Family::ALL.map(|family| Remember { family, seconds: 1 }) {
+        hash.update(format!("{} {:?}", remember.name(), remember.rules()).as_bytes());
+    }
+    for firewall in &firewalls {
+        hash.update(format!("{} {:?}", firewall.name(), firewall.rules()).as_bytes());
+    }
     format!("portcullis: layout {:016x}", hash.digest())
 }

@@ -6,8 +6,12 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
+use super::affinity::Remember;
 use super::balancer::Balancer;
+use super::chains::REJECT_CHAIN;
+use super::contribution::InterfaceName;
 use super::firewall::FirewallChain;
+use super::rule::RuleSpec;
 use super::sets::SetName;
 use crate::model::{Backend, Protocol};
 
@@ -43,23 +47,61 @@ pub enum Value {
     Endpoint(KeyBytes),
     /// A chain.
     Goto(ChainName),
+    /// The packet is dropped.
+    Drop,
 }
 
 /// A chain that elements lead to.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum ChainName {
-    /// The chain that chooses an endpoint.
-    Balancer(Balancer),
+    /// A chain that Services share.
+    Shared(SharedChain),
     /// A Service's firewall.
     Firewall(FirewallChain),
+    /// The chain that rejects connections.
+    Reject,
+}
+
+/// A chain that is there as long as some Service needs it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum SharedChain {
+    /// Chooses an endpoint.
+    Balancer(Balancer),
+    /// Remembers which endpoint a client got.
+    Remember(Remember),
+}
+
+impl SharedChain {
+    /// The name in the table.
+    pub fn name(&self) -> String {
+        match self {
+            SharedChain::Balancer(balancer) => balancer.name(),
+            SharedChain::Remember(remember) => remember.name(),
+        }
+    }
+
+    /// The chain with this name, if it is one that we would make.
+    pub fn parse(name: &str) -> Option<SharedChain> {
+        let balancer = Balancer::parse(name).map(SharedChain::Balancer);
+        balancer.or_else(|| Remember::parse(name).map(SharedChain::Remember))
+    }
+
+    /// The rules.
+    pub fn rules(&self) -> Vec<RuleSpec> {
+        match self {
+            SharedChain::Balancer(balancer) => balancer.rules(),
+            SharedChain::Remember(remember) => remember.rules(),
+        }
+    }
 }
 
 impl ChainName {
     /// The name in the table.
     pub fn name(&self) -> String {
         match self {
-            ChainName::Balancer(balancer) => balancer.name(),
+            ChainName::Shared(chain) => chain.name(),
             ChainName::Firewall(firewall) => firewall.name(),
+            ChainName::Reject => REJECT_CHAIN.to_owned(),
         }
     }
 }
@@ -75,6 +117,9 @@ pub struct KeyBytes {
 impl KeyBytes {
     /// Two IPv6 addresses, the longest key there is.
     const CAPACITY: usize = 32;
+
+    /// Bytes of an interface's name (`IFNAMSIZ`).
+    const INTERFACE: usize = 16;
 
     const EMPTY: KeyBytes = KeyBytes { bytes: [0; KeyBytes::CAPACITY], length: 0 };
 
@@ -139,6 +184,22 @@ impl ElementKey {
     /// A key that is no interval.
     pub(super) fn single(set: SetName, bytes: KeyBytes) -> ElementKey {
         ElementKey { set, bytes, end: None }
+    }
+
+    /// An interface, or all whose names begin alike, as an interval of names.
+    pub(super) fn interface(set: SetName, interface: &InterfaceName) -> ElementKey {
+        let (name, at) = match interface {
+            InterfaceName::Exact(name) => (name, KeyBytes::INTERFACE - 1),
+            InterfaceName::Prefix(name) => (name, name.len().clamp(1, KeyBytes::INTERFACE) - 1),
+        };
+        let mut first = [0; KeyBytes::INTERFACE];
+        let length = name.len().min(KeyBytes::INTERFACE - 1);
+        first[..length].copy_from_slice(&name.as_bytes()[..length]);
+        let mut behind = first;
+        // Names of interfaces are ASCII in practice; who begins with 0xff has no name behind it.
+        behind[at] = behind[at].saturating_add(1);
+        let [bytes, end] = [first, behind].map(|name| KeyBytes::EMPTY.push(&name));
+        ElementKey { set, bytes, end: Some(end) }
     }
 
     /// A CIDR as the interval from its first address up to the one behind its last.

@@ -4,6 +4,7 @@
 //! elements. docs/ruleset.md walks a packet through it. Everything here is pure; what is built
 //! carries both its expressions and the nft line that a listing prints for it.
 
+mod affinity;
 mod balancer;
 mod chains;
 mod contribution;
@@ -14,14 +15,18 @@ mod rule;
 mod sets;
 mod text;
 
-pub use balancer::{Balancer, FrontendKind};
+pub use affinity::Remember;
+pub use balancer::{Balancer, LOCAL_SLOTS, Route};
 pub use chains::{BASE_CHAINS, BaseChain, base_rules};
-pub use contribution::{Contribution, Subject};
-pub(crate) use contribution::{endpoint_key, hairpin_element};
+pub use contribution::{Contribution, InterfaceName, NodeElements, PoolSlots, Subject};
+pub(crate) use contribution::{
+    EndpointLists, affinity_key, affinity_value, endpoint_lists, hairpin_element,
+};
 pub use digest::layout_comment;
-pub use element::{ChainName, Element, ElementKey, KeyBytes, Value};
-pub use firewall::{FirewallChain, REFUSED_LOG_GROUP};
+pub use element::{ChainName, Element, ElementKey, KeyBytes, SharedChain, Value};
+pub use firewall::{FirewallChain, Guarded, REFUSED_LOG_GROUP};
 pub use rule::RuleSpec;
+pub(crate) use rule::duration;
 pub use sets::{Field, SetData, SetName, SetSpec};
 pub use text::{Listing, render};
 pub(crate) use text::{address_text, key_text, value_text};

@@ -2,7 +2,8 @@
 
 use crate::model::{Family, Protocol};
 use crate::netlink::{
-    CmpOp, CtKey, Expression, LimitUnit, MetaKey, NatKind, PayloadBase, Register, Verdict,
+    CmpOp, CtKey, CtOriginalKey, Expression, LimitUnit, MetaKey, NatKind, PayloadBase, Register,
+    Verdict,
 };
 
 use super::sets::SetName;
@@ -25,9 +26,28 @@ pub(super) enum Selector {
     DestinationAddress(Family),
     L4Proto,
     DestinationPort,
-    /// A number below this, by chance.
-    Random(u32),
+    InputInterface,
+    /// Of the connection's first packet, before any translation.
+    OriginalSource(Family),
+    /// Of the connection's first packet, before any translation.
+    OriginalDestination(Family),
+    /// Of the connection's first packet, before any translation.
+    OriginalDestinationPort,
+    /// So many numbers from the offset on, by chance.
+    Random {
+        modulus: u32,
+        offset: u32,
+    },
+    /// So many numbers from the offset on, by the source address.
+    SourceHash {
+        family: Family,
+        modulus: u32,
+        offset: u32,
+    },
 }
+
+/// What tells our hash of source addresses from others; the same on every node.
+const HASH_SEED: u32 = 0x706f_7274;
 
 /// A rule that grows from left to right, as its text reads.
 #[derive(Debug, Default)]
@@ -41,6 +61,25 @@ pub(super) struct RuleBuilder {
 impl RuleBuilder {
     pub fn new() -> RuleBuilder {
         RuleBuilder::default()
+    }
+
+    /// A rule that only sees packets of `family`; says nothing where an `ip` or `ip6` selector
+    /// follows.
+    pub fn of(family: Family) -> RuleBuilder {
+        let mut rule = RuleBuilder::new();
+        rule.see(family);
+        rule
+    }
+
+    /// `meta nfproto ipv4`: a rule that only sees packets of `family`, and says so, as nft does
+    /// where no `ip` or `ip6` selector follows at once.
+    pub fn nfproto(family: Family) -> RuleBuilder {
+        let mut rule = RuleBuilder::of(family);
+        rule.word(match family {
+            Family::V4 => "meta nfproto ipv4",
+            Family::V6 => "meta nfproto ipv6",
+        });
+        rule
     }
 
     /// `ct state new`
@@ -112,10 +151,19 @@ impl RuleBuilder {
     }
 
     /// `fib daddr type local`
-    pub fn at_local_address(mut self) -> Self {
-        self.word("fib daddr type local");
+    pub fn at_local_address(self) -> Self {
+        self.local("fib daddr type local", Expression::FibDaddrType { into: Register::word(0) })
+    }
+
+    /// `fib saddr type local`
+    pub fn by_local_address(self) -> Self {
+        self.local("fib saddr type local", Expression::FibSaddrType { into: Register::word(0) })
+    }
+
+    fn local(mut self, text: &str, fib: Expression) -> Self {
+        self.word(text);
         self.expressions.extend([
-            Expression::FibDaddrType { into: Register::word(0) },
+            fib,
             Expression::Cmp {
                 register: Register::word(0),
                 op: CmpOp::Eq,
@@ -131,6 +179,15 @@ impl RuleBuilder {
         self.word(&format!("{key} @{set}"));
         let set = set.name().into_owned();
         self.expressions.push(Expression::Lookup { set, key: Register::word(0) });
+        self
+    }
+
+    /// `SELECTORS != @SET`
+    pub fn not_in_set(mut self, selectors: &[Selector], set: &SetName) -> Self {
+        let key = self.load(selectors);
+        self.word(&format!("{key} != @{set}"));
+        let set = set.name().into_owned();
+        self.expressions.push(Expression::LookupInverted { set, key: Register::word(0) });
         self
     }
 
@@ -163,6 +220,31 @@ impl RuleBuilder {
                 port: Register::word(if family == Family::V4 { 1 } else { 4 }),
             },
         ]);
+        self
+    }
+
+    /// `update @MAP { KEY timeout TIMEOUT : ip daddr . th dport }`, the address of `family`.
+    pub fn remember(
+        mut self,
+        family: Family,
+        key: &[Selector],
+        map: &SetName,
+        seconds: u32,
+    ) -> Self {
+        // Before anything is in the registers.
+        self.see(family);
+        let data = [Selector::DestinationAddress(family), Selector::DestinationPort];
+        let key_text = self.load(key);
+        let data_at = key.iter().map(|selector| selector.words()).sum();
+        let data_text = self.load_from(data_at, &data);
+        let timeout = duration(seconds);
+        self.word(&format!("update @{map} {{ {key_text} timeout {timeout} : {data_text} }}"));
+        self.expressions.push(Expression::UpdateMap {
+            map: map.name().into_owned(),
+            key: Register::word(0),
+            data: Register::word(data_at),
+            timeout: u64::from(seconds) * 1000,
+        });
         self
     }
 
@@ -304,55 +386,127 @@ impl RuleBuilder {
 
     /// Loads selectors one behind the other from the first register on; returns their text.
     fn load(&mut self, selectors: &[Selector]) -> String {
+        self.load_from(0, selectors)
+    }
+
+    /// Loads selectors one behind the other from the register that begins with `word`.
+    fn load_from(&mut self, mut word: u32, selectors: &[Selector]) -> String {
         for selector in selectors {
-            if let Selector::SourceAddress(f) | Selector::DestinationAddress(f) = selector {
+            if let Selector::SourceAddress(f)
+            | Selector::DestinationAddress(f)
+            | Selector::SourceHash { family: f, .. } = selector
+            {
                 self.see(*f);
             }
         }
-        let (mut word, mut texts) = (0, Vec::new());
+        let mut texts = Vec::new();
         for selector in selectors {
-            let into = Register::word(word);
-            let network = |offset, family| Expression::Payload {
-                base: PayloadBase::Network,
-                offset,
-                length: address_length(family),
-                into,
-            };
-            let (text, expression) = match *selector {
-                Selector::SourceAddress(f) => {
-                    (format!("{} saddr", ip(f)), network(source_offset(f), f))
-                }
-                Selector::DestinationAddress(f) => {
-                    (format!("{} daddr", ip(f)), network(destination_offset(f), f))
-                }
-                Selector::L4Proto => {
-                    ("meta l4proto".to_owned(), Expression::Meta { key: MetaKey::L4Proto, into })
-                }
-                Selector::DestinationPort => (
-                    "th dport".to_owned(),
-                    Expression::Payload {
-                        base: PayloadBase::Transport,
-                        offset: 2,
-                        length: 2,
-                        into,
-                    },
-                ),
-                Selector::Random(modulus) => (
-                    format!("numgen random mod {modulus}"),
-                    Expression::NumgenRandom { modulus, offset: 0, into },
-                ),
-            };
+            let (text, expressions) = selector.load(Register::word(word), word);
             texts.push(text);
-            self.expressions.push(expression);
-            word += match selector {
-                Selector::SourceAddress(f) | Selector::DestinationAddress(f) => {
-                    address_length(*f) / 4
-                }
-                _ => 1,
-            };
+            self.expressions.extend(expressions);
+            word += selector.words();
         }
         texts.join(" . ")
     }
+}
+
+impl Selector {
+    /// How many words of four bytes it fills.
+    fn words(self) -> u32 {
+        match self {
+            Selector::SourceAddress(f)
+            | Selector::DestinationAddress(f)
+            | Selector::OriginalSource(f)
+            | Selector::OriginalDestination(f) => address_length(f) / 4,
+            Selector::InputInterface => 4,
+            _ => 1,
+        }
+    }
+
+    /// Its text, and what loads it into a register, which begins with this word.
+    fn load(self, into: Register, word: u32) -> (String, Vec<Expression>) {
+        let network = |offset, family, into| Expression::Payload {
+            base: PayloadBase::Network,
+            offset,
+            length: address_length(family),
+            into,
+        };
+        let original = |key| vec![Expression::CtOriginal { key, into }];
+        match self {
+            Selector::SourceAddress(f) => {
+                (format!("{} saddr", ip(f)), vec![network(source_offset(f), f, into)])
+            }
+            Selector::DestinationAddress(f) => {
+                (format!("{} daddr", ip(f)), vec![network(destination_offset(f), f, into)])
+            }
+            Selector::L4Proto => {
+                ("meta l4proto".into(), vec![Expression::Meta { key: MetaKey::L4Proto, into }])
+            }
+            Selector::InputInterface => {
+                ("iifname".into(), vec![Expression::Meta { key: MetaKey::IifName, into }])
+            }
+            Selector::DestinationPort => {
+                let base = PayloadBase::Transport;
+                ("th dport".into(), vec![Expression::Payload { base, offset: 2, length: 2, into }])
+            }
+            Selector::OriginalSource(f) => {
+                let key = match f {
+                    Family::V4 => CtOriginalKey::SourceIp4,
+                    Family::V6 => CtOriginalKey::SourceIp6,
+                };
+                (format!("ct original {} saddr", ip(f)), original(key))
+            }
+            Selector::OriginalDestination(f) => {
+                let key = match f {
+                    Family::V4 => CtOriginalKey::DestinationIp4,
+                    Family::V6 => CtOriginalKey::DestinationIp6,
+                };
+                (format!("ct original {} daddr", ip(f)), original(key))
+            }
+            Selector::OriginalDestinationPort => {
+                ("ct original proto-dst".into(), original(CtOriginalKey::DestinationPort))
+            }
+            Selector::Random { modulus, offset } => (
+                format!("numgen random mod {modulus}{}", behind(offset)),
+                vec![Expression::NumgenRandom { modulus, offset, into }],
+            ),
+            Selector::SourceHash { family, modulus, offset } => {
+                // The address needs a place behind the key that is being built.
+                let key = Register::word(word.next_multiple_of(4));
+                let length = address_length(family);
+                let seed = HASH_SEED;
+                (
+                    format!(
+                        "jhash {} saddr mod {modulus} seed {seed:#x}{}",
+                        ip(family),
+                        behind(offset)
+                    ),
+                    vec![
+                        network(source_offset(family), family, key),
+                        Expression::JenkinsHash { key, length, modulus, seed, offset, into },
+                    ],
+                )
+            }
+        }
+    }
+}
+
+/// An offset as nft prints it.
+fn behind(offset: u32) -> String {
+    if offset == 0 { String::new() } else { format!(" offset {offset}") }
+}
+
+/// A time as nft prints it: `3h`, `1m30s`.
+pub(crate) fn duration(seconds: u32) -> String {
+    let parts = [
+        (seconds / 86_400, "d"),
+        (seconds / 3_600 % 24, "h"),
+        (seconds / 60 % 60, "m"),
+        (seconds % 60, "s"),
+    ];
+    let parts = parts.iter().filter(|(number, _)| *number > 0);
+    let parts: Vec<String> = parts.map(|(number, unit)| format!("{number}{unit}")).collect();
+    parts.concat()
 }
 
 fn ip(family: Family) -> &'static str {

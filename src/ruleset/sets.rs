@@ -19,6 +19,8 @@ pub enum Field {
     /// integers in a concatenation (1.0.6 dies of it) but prints marks well, and to the kernel both
     /// are four bytes.
     Slot,
+    /// The name of an interface.
+    Interface,
 }
 
 impl Field {
@@ -30,6 +32,7 @@ impl Field {
             Field::Protocol => "inet_proto",
             Field::Port => "inet_service",
             Field::Slot => "mark",
+            Field::Interface => "ifname",
         }
     }
 
@@ -41,13 +44,14 @@ impl Field {
             Field::Protocol => 12,
             Field::Port => 13,
             Field::Slot => 19,
+            Field::Interface => 41,
         }
     }
 
     /// Bytes in a key; every field is padded to four.
     pub fn width(self) -> usize {
         match self {
-            Field::Address(Family::V6) => 16,
+            Field::Address(Family::V6) | Field::Interface => 16,
             _ => 4,
         }
     }
@@ -62,25 +66,50 @@ pub enum SetName {
     ClusterIps(Family),
     /// CIDRs at whose local addresses node ports are served.
     NodePortIps(Family),
+    /// The Service network: what is sent to an address of it that no Service has is dropped.
+    ServiceCidrs(Family),
+    /// Sources that keep their address when they connect to a ClusterIP.
+    Unmasqueraded(Family),
+    /// The pods of this node, by address.
+    PodCidrs(Family),
     /// Service address and port to the chain for its number of endpoints.
     ServiceIps(Family),
     /// Node port to the chain for its number of endpoints.
     NodePorts(Family),
+    /// External address and port of Services whose external traffic stays on the node, to the
+    /// chain that serves pods and the node itself.
+    ClusterPolicy(Family),
+    /// The same for node ports.
+    NodePortClusterPolicy(Family),
     /// Service address, port and slot to an endpoint.
     Endpoints(Family),
     /// Node port and slot to an endpoint.
     NodePortEndpoints(Family),
-    /// Service addresses and ports without an endpoint.
+    /// Service addresses and ports without an endpoint, to what becomes of connections.
     NoEndpoints(Family),
-    /// Node ports without an endpoint.
+    /// Node ports without an endpoint, to what becomes of connections.
     NoEndpointNodePorts(Family),
+    /// Service addresses and ports with session affinity, to the chain for their timeout.
+    Sticky(Family),
+    /// Node ports with session affinity, to the chain for their timeout.
+    StickyNodePorts(Family),
+    /// Client, address and port to the endpoint that the client got last.
+    Affinity(Family),
     /// Endpoints on this node, as source and destination: connections that come back to where
     /// they began.
     Hairpin(Family),
+    /// Load-balancer address and port to the firewall of its Service.
+    LoadBalancerFirewall(Family),
+    /// Interfaces from which sources keep their address when they connect to a ClusterIP.
+    UnmasqueradedInterfaces,
+    /// The pods of this node, by interface.
+    PodInterfaces,
     /// Node port to the firewall of its Service.
     NodePortFirewall,
     /// Sources that may reach a Service's node ports.
     Allow(Family, ServiceName),
+    /// Sources that may reach a Service's load-balancer addresses.
+    Ranges(Family, ServiceName),
 }
 
 /// What a map leads to.
@@ -90,9 +119,13 @@ pub enum SetData {
     None,
     /// An endpoint: address and port.
     Endpoint(Family),
-    /// A chain.
+    /// A chain, or what becomes of the packet.
     Verdict,
 }
+
+/// How many clients are remembered at most, for all Services together: about 200 MB of the kernel's
+/// memory. Who comes then is served, but not remembered.
+const MOST_CLIENTS: u32 = 1 << 20;
 
 /// The definition of a set.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -103,6 +136,8 @@ pub struct SetSpec {
     pub data: SetData,
     /// Whether elements are intervals.
     pub interval: bool,
+    /// Whether rules add the elements, which go after a time.
+    pub dynamic: bool,
     /// A comment for readers.
     pub comment: &'static str,
 }
@@ -111,19 +146,30 @@ impl SetName {
     /// The sets that are always there, in listing order.
     pub fn fixed() -> Vec<SetName> {
         type OfFamily = fn(Family) -> SetName;
-        const OF_FAMILY: [OfFamily; 9] = [
+        const OF_FAMILY: [OfFamily; 18] = [
             SetName::ClusterIps,
             SetName::NodePortIps,
+            SetName::ServiceCidrs,
+            SetName::Unmasqueraded,
+            SetName::PodCidrs,
             SetName::ServiceIps,
             SetName::NodePorts,
+            SetName::ClusterPolicy,
+            SetName::NodePortClusterPolicy,
             SetName::Endpoints,
             SetName::NodePortEndpoints,
             SetName::NoEndpoints,
             SetName::NoEndpointNodePorts,
+            SetName::Sticky,
+            SetName::StickyNodePorts,
+            SetName::Affinity,
             SetName::Hairpin,
+            SetName::LoadBalancerFirewall,
         ];
         let of_family = OF_FAMILY.iter().flat_map(|set| Family::ALL.map(set));
-        of_family.chain([SetName::NodePortFirewall]).collect()
+        let others =
+            [SetName::UnmasqueradedInterfaces, SetName::PodInterfaces, SetName::NodePortFirewall];
+        of_family.chain(others).collect()
     }
 
     /// The name in the table.
@@ -135,8 +181,15 @@ impl SetName {
         match self {
             SetName::ClusterIps(f) => by_family(f, "cluster-ips4", "cluster-ips6"),
             SetName::NodePortIps(f) => by_family(f, "nodeport-ips4", "nodeport-ips6"),
+            SetName::ServiceCidrs(f) => by_family(f, "service-cidrs4", "service-cidrs6"),
+            SetName::Unmasqueraded(f) => by_family(f, "unmasqueraded4", "unmasqueraded6"),
+            SetName::PodCidrs(f) => by_family(f, "pod-cidrs4", "pod-cidrs6"),
             SetName::ServiceIps(f) => by_family(f, "service-ips4", "service-ips6"),
             SetName::NodePorts(f) => by_family(f, "nodeports4", "nodeports6"),
+            SetName::ClusterPolicy(f) => by_family(f, "cluster-policy4", "cluster-policy6"),
+            SetName::NodePortClusterPolicy(f) => {
+                by_family(f, "nodeport-cluster-policy4", "nodeport-cluster-policy6")
+            }
             SetName::Endpoints(f) => by_family(f, "endpoints4", "endpoints6"),
             SetName::NodePortEndpoints(f) => {
                 by_family(f, "nodeport-endpoints4", "nodeport-endpoints6")
@@ -145,75 +198,113 @@ impl SetName {
             SetName::NoEndpointNodePorts(f) => {
                 by_family(f, "no-endpoint-nodeports4", "no-endpoint-nodeports6")
             }
+            SetName::Sticky(f) => by_family(f, "sticky4", "sticky6"),
+            SetName::StickyNodePorts(f) => by_family(f, "sticky-nodeports4", "sticky-nodeports6"),
+            SetName::Affinity(f) => by_family(f, "affinity4", "affinity6"),
             SetName::Hairpin(f) => by_family(f, "hairpin4", "hairpin6"),
+            SetName::LoadBalancerFirewall(f) => {
+                by_family(f, "load-balancer-firewall4", "load-balancer-firewall6")
+            }
+            SetName::UnmasqueradedInterfaces => Cow::Borrowed("unmasqueraded-interfaces"),
+            SetName::PodInterfaces => Cow::Borrowed("pod-interfaces"),
             SetName::NodePortFirewall => Cow::Borrowed("nodeport-firewall"),
             SetName::Allow(f, service) => Cow::Owned(format!("allow{}-{service}", f.digit())),
+            SetName::Ranges(f, service) => Cow::Owned(format!("ranges{}-{service}", f.digit())),
         }
     }
 
     /// The definition.
     pub fn spec(&self) -> SetSpec {
-        use Field::{Address, Port, Protocol, Slot};
-        let (key, data, interval, comment) = match *self {
+        use Field::{Address, Interface, Port, Protocol, Slot};
+        use SetData::{Endpoint, None, Verdict};
+        let service = |f| vec![Address(f), Protocol, Port];
+        let node_port = || vec![Protocol, Port];
+        let (key, data, comment) = match *self {
             SetName::ClusterIps(f) => {
-                (vec![Address(f)], SetData::None, false, "ClusterIPs: other ports are rejected")
+                (vec![Address(f)], None, "ClusterIPs: other ports are rejected")
             }
-            SetName::NodePortIps(f) => {
-                (vec![Address(f)], SetData::None, true, "where node ports are served")
+            SetName::NodePortIps(f) => (vec![Address(f)], None, "where node ports are served"),
+            SetName::ServiceCidrs(f) => {
+                (vec![Address(f)], None, "Service network: addresses of no Service are dropped")
             }
-            SetName::ServiceIps(f) => (
-                vec![Address(f), Protocol, Port],
-                SetData::Verdict,
-                false,
-                "Service address to the chain for its number of endpoints",
-            ),
-            SetName::NodePorts(_) => (
-                vec![Protocol, Port],
-                SetData::Verdict,
-                false,
-                "node port to the chain for its number of endpoints",
-            ),
+            SetName::Unmasqueraded(f) => {
+                (vec![Address(f)], None, "who keeps its address when it connects to a ClusterIP")
+            }
+            SetName::PodCidrs(f) => (vec![Address(f)], None, "pods of this node"),
+            SetName::ServiceIps(f) => {
+                (service(f), Verdict, "Service address to the chain for its number of endpoints")
+            }
+            SetName::NodePorts(_) => {
+                (node_port(), Verdict, "node port to the chain for its number of endpoints")
+            }
+            SetName::ClusterPolicy(f) => {
+                (service(f), Verdict, "policy Local: where pods of this node and the node go")
+            }
+            SetName::NodePortClusterPolicy(_) => {
+                (node_port(), Verdict, "policy Local: where pods of this node and the node go")
+            }
             SetName::Endpoints(f) => (
                 vec![Address(f), Protocol, Port, Slot],
-                SetData::Endpoint(f),
-                false,
+                Endpoint(f),
                 "Service address and slot to an endpoint",
             ),
-            SetName::NodePortEndpoints(f) => (
-                vec![Protocol, Port, Slot],
-                SetData::Endpoint(f),
-                false,
-                "node port and slot to an endpoint",
-            ),
-            SetName::NoEndpoints(f) => (
-                vec![Address(f), Protocol, Port],
-                SetData::None,
-                false,
-                "Service addresses without an endpoint: rejected",
-            ),
-            SetName::NoEndpointNodePorts(_) => (
-                vec![Protocol, Port],
-                SetData::None,
-                false,
-                "node ports without an endpoint: rejected",
+            SetName::NodePortEndpoints(f) => {
+                (vec![Protocol, Port, Slot], Endpoint(f), "node port and slot to an endpoint")
+            }
+            SetName::NoEndpoints(f) => (service(f), Verdict, "Service addresses without endpoints"),
+            SetName::NoEndpointNodePorts(_) => {
+                (node_port(), Verdict, "node ports without endpoints")
+            }
+            SetName::Sticky(f) => (service(f), Verdict, "session affinity: for how long"),
+            SetName::StickyNodePorts(_) => (node_port(), Verdict, "session affinity: for how long"),
+            SetName::Affinity(f) => (
+                vec![Address(f), Address(f), Protocol, Port],
+                Endpoint(f),
+                "session affinity: client and Service address to the client's endpoint",
             ),
             SetName::Hairpin(f) => (
                 vec![Address(f), Address(f)],
-                SetData::None,
-                false,
+                None,
                 "endpoints here that may be balanced to themselves",
             ),
-            SetName::NodePortFirewall => (
-                vec![Protocol, Port],
-                SetData::Verdict,
-                false,
-                "node port to the firewall of its Service",
-            ),
+            SetName::LoadBalancerFirewall(f) => {
+                (service(f), Verdict, "load-balancer address to the firewall of its Service")
+            }
+            SetName::UnmasqueradedInterfaces => {
+                (vec![Interface], None, "from where who connects to a ClusterIP keeps its address")
+            }
+            SetName::PodInterfaces => (vec![Interface], None, "pods of this node"),
+            SetName::NodePortFirewall => {
+                (node_port(), Verdict, "node port to the firewall of its Service")
+            }
             SetName::Allow(f, _) => {
-                (vec![Address(f)], SetData::None, true, "who may reach the Service's node ports")
+                (vec![Address(f)], None, "who may reach the Service's node ports")
+            }
+            SetName::Ranges(f, _) => {
+                (vec![Address(f)], None, "who may reach the Service's load-balancer addresses")
             }
         };
-        SetSpec { key, data, interval, comment }
+        SetSpec { key, data, interval: self.has_intervals(), dynamic: self.is_dynamic(), comment }
+    }
+
+    /// Whether elements are intervals.
+    fn has_intervals(&self) -> bool {
+        matches!(
+            self,
+            SetName::NodePortIps(_)
+                | SetName::ServiceCidrs(_)
+                | SetName::Unmasqueraded(_)
+                | SetName::PodCidrs(_)
+                | SetName::UnmasqueradedInterfaces
+                | SetName::PodInterfaces
+                | SetName::Allow(..)
+                | SetName::Ranges(..)
+        )
+    }
+
+    /// Whether rules add the elements: then they are the clients' doing, and nobody compares them.
+    pub fn is_dynamic(&self) -> bool {
+        matches!(self, SetName::Affinity(_))
     }
 }
 
@@ -242,8 +333,24 @@ impl SetSpec {
                 }
             },
             interval: self.interval,
-            timeout: false,
+            timeout: self.dynamic,
+            dynamic: self.dynamic,
+            size: self.size(),
             comment: Some(self.comment),
+        }
+    }
+
+    /// How many elements there may be; `None` for any number.
+    pub fn size(&self) -> Option<u32> {
+        self.dynamic.then_some(MOST_CLIENTS)
+    }
+
+    /// The flags as nft prints them behind `flags`; `None` for a set without.
+    pub fn flags_text(&self) -> Option<&'static str> {
+        match (self.interval, self.dynamic) {
+            (false, false) => None,
+            (true, _) => Some("interval"),
+            (false, true) => Some("dynamic,timeout"),
         }
     }
 

@@ -30,12 +30,12 @@ impl Listing {
             listing.sets.insert(set, BTreeSet::new());
         }
         for contribution in contributions {
-            if let Some(firewall) = contribution.firewall() {
+            for firewall in contribution.firewalls() {
                 listing.sets.extend(firewall.sets().map(|set| (set, BTreeSet::new())));
-                listing.chains.insert(firewall.name(), firewall.rules().to_vec());
+                listing.chains.insert(firewall.name(), firewall.rules());
             }
-            for balancer in contribution.balancers() {
-                listing.chains.insert(balancer.name(), vec![balancer.rule()]);
+            for chain in contribution.shared_chains() {
+                listing.chains.insert(chain.name(), chain.rules());
             }
             contribution.elements(|element| listing.add(&element));
             for address in contribution.hairpins() {
@@ -81,8 +81,11 @@ fn render_set(out: &mut String, set: &SetName, elements: &BTreeSet<String>) {
     let kind = if spec.data == SetData::None { "set" } else { "map" };
     let _ = writeln!(out, "\t{kind} {set} {{");
     let _ = writeln!(out, "\t\ttype {}", spec.type_text());
-    if spec.interval {
-        let _ = writeln!(out, "\t\tflags interval");
+    if let Some(size) = spec.size() {
+        let _ = writeln!(out, "\t\tsize {size}");
+    }
+    if let Some(flags) = spec.flags_text() {
+        let _ = writeln!(out, "\t\tflags {flags}");
     }
     let _ = writeln!(out, "\t\tcomment \"{}\"", spec.comment);
     for (index, element) in elements.iter().enumerate() {
@@ -147,6 +150,7 @@ pub(crate) fn key_text(key: &ElementKey) -> String {
 pub(crate) fn value_text(set: &SetName, value: &Value) -> Option<String> {
     match (value, set.spec().data) {
         (Value::Goto(chain), _) => Some(format!("goto {}", chain.name())),
+        (Value::Drop, _) => Some("drop".to_owned()),
         (Value::Endpoint(bytes), SetData::Endpoint(family)) => {
             let fields = [Field::Address(family), Field::Port];
             Some(fields_text(&fields, bytes.as_slice()))
@@ -155,11 +159,9 @@ pub(crate) fn value_text(set: &SetName, value: &Value) -> Option<String> {
     }
 }
 
-/// An interval as the CIDR that it was made of.
+/// An interval as the CIDR or the interface that it was made of.
 fn interval_text(key: &ElementKey, spec: &SetSpec) -> String {
-    let Some(Field::Address(family)) = spec.key.first() else {
-        unreachable!("interval sets hold addresses")
-    };
+    let Some(Field::Address(family)) = spec.key.first() else { return interface_text(key) };
     let first = address(*family, key.bytes.as_slice());
     let behind = key.end.map(|end| address(*family, end.as_slice()));
     let size_bits = match (first, behind) {
@@ -182,6 +184,15 @@ fn interval_text(key: &ElementKey, spec: &SetSpec) -> String {
     let prefix = u8::try_from(width - size_bits).expect("at most 128");
     let first = address_text(first);
     if prefix == host { first } else { format!("{first}/{prefix}") }
+}
+
+/// `"br0"`, or `"veth*"` where all names that begin so are meant.
+fn interface_text(key: &ElementKey) -> String {
+    let name = key.bytes.as_slice();
+    let text = String::from_utf8_lossy(name);
+    let text = text.trim_end_matches('\0');
+    let exact = key.end.is_none_or(|end| end.as_slice().last() != name.last());
+    format!("\"{text}{}\"", if exact { "" } else { "*" })
 }
 
 fn fields_text(fields: &[Field], mut bytes: &[u8]) -> String {
@@ -207,6 +218,10 @@ fn field_text(field: Field, value: &[u8]) -> String {
             other => other.to_string(),
         },
         Field::Port => number(0..2).to_string(),
+        Field::Interface => {
+            let name = String::from_utf8_lossy(value);
+            format!("\"{}\"", name.trim_end_matches('\0'))
+        }
         Field::Slot => {
             let bytes = value.first_chunk().copied().unwrap_or_default();
             format!("{:#010x}", u32::from_ne_bytes(bytes))

@@ -2,8 +2,11 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
+use ipnet::IpNet;
+
 use crate::model::{
     EndpointSlice, Node, NodeContext, NodePortAddresses, Service, ServiceName, SliceName,
+    SourceRestriction,
 };
 use crate::plan::{ServicePlan, plan_service};
 
@@ -27,9 +30,10 @@ impl Index {
     pub fn new(options: &Options) -> Index {
         let mut index = Index {
             context: NodeContext {
-                name: options.node_name.clone(),
-                node: Node::default(),
                 nodeport_addresses: options.nodeport_addresses.clone(),
+                local_traffic: options.local_traffic.clone(),
+                masquerade_all: options.masquerade_all,
+                ..NodeContext::new(options.node_name.clone())
             },
             services: BTreeMap::new(),
             slices: HashMap::new(),
@@ -83,15 +87,35 @@ impl Index {
         owners
     }
 
-    /// Replaces the node; [`Node::default`] where there is none. Returns whether that changes
-    /// anything. No plan of a Service changes by that: they depend on the node's name alone.
-    pub fn set_node(&mut self, mut node: Node) -> bool {
+    /// Replaces the node; [`Node::default`] where there is none. Returns the Services whose plan
+    /// may change by that, or `None` if the node is what it was.
+    pub fn set_node(&mut self, mut node: Node) -> Option<BTreeSet<ServiceName>> {
         let primary = matches!(self.context.nodeport_addresses, NodePortAddresses::Primary);
         if primary && node.primary_addresses.is_empty() {
             node.diagnostics.push(lower::no_primary_addresses(&self.context.name));
         }
-        let changed = self.context.node != node;
+        if self.context.node == node {
+            return None;
+        }
+        let moved = self.context.node.zone != node.zone;
+        let renumbered = self.context.node.primary_addresses != node.primary_addresses;
         self.context.node = node;
+        let touched = self.services.values().filter(|service| {
+            let has_hints = || {
+                let mut slices = self.slices_of(&service.name);
+                slices.any(|slice| slice.endpoints.iter().any(|e| e.hints.is_some()))
+            };
+            let asks_for_node = service.load_balancer_sources != SourceRestriction::Unrestricted;
+            renumbered && asks_for_node || moved && has_hints()
+        });
+        Some(touched.map(|service| service.name.clone()).collect())
+    }
+
+    /// Replaces the networks of cluster IPs. Returns whether that changes anything; no plan of a
+    /// Service depends on them.
+    pub fn set_service_cidrs(&mut self, cidrs: Vec<IpNet>) -> bool {
+        let changed = self.context.service_cidrs != cidrs;
+        self.context.service_cidrs = cidrs;
         changed
     }
 
@@ -138,18 +162,14 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::model::{
-        Endpoint, Family, Protocol, Readiness, ServicePort, SlicePort, SourceRestriction,
-    };
+    use crate::model::{Endpoint, Family, Protocol, ServicePort, SlicePort};
 
     fn options() -> Options {
-        Options { node_name: "worker".into(), nodeport_addresses: NodePortAddresses::Primary }
+        Options::new("worker".into())
     }
 
     fn service(name: &ServiceName, port: u16) -> Service {
         Service {
-            name: name.clone(),
-            created: 0,
             cluster_ips: vec!["10.96.0.1".parse().unwrap()],
             ports: vec![ServicePort {
                 name: "".into(),
@@ -157,8 +177,7 @@ mod tests {
                 port: port.try_into().unwrap(),
                 node_port: None,
             }],
-            node_port_sources: SourceRestriction::Unrestricted,
-            diagnostics: Vec::new(),
+            ..Service::new(name.clone())
         }
     }
 
@@ -172,11 +191,7 @@ mod tests {
                 protocol: Protocol::Tcp,
                 port: 8080.try_into().unwrap(),
             }],
-            endpoints: vec![Endpoint {
-                address: [10, 0, 0, address].into(),
-                readiness: Readiness::Ready,
-                node: None,
-            }],
+            endpoints: vec![Endpoint::new([10, 0, 0, address].into())],
             diagnostics: Vec::new(),
         }
     }
@@ -288,13 +303,13 @@ mod tests {
     fn a_node_without_addresses_is_said_where_it_matters() {
         let mut index = Index::new(&options());
         assert_eq!(index.context().node.diagnostics.len(), 1);
-        assert!(!index.set_node(Node::default()));
+        assert_eq!(index.set_node(Node::default()), None);
         let known =
             Node { primary_addresses: vec!["10.0.0.1".parse().unwrap()], ..Node::default() };
-        assert!(index.set_node(known.clone()));
-        assert!(!index.set_node(known.clone()));
+        assert_eq!(index.set_node(known.clone()), Some(BTreeSet::new()));
+        assert_eq!(index.set_node(known.clone()), None);
         assert_eq!(index.context().node, known);
-        assert!(index.set_node(Node::default()));
+        assert_eq!(index.set_node(Node::default()), Some(BTreeSet::new()));
         assert_eq!(index.context().node.diagnostics.len(), 1);
 
         let cidrs = NodePortAddresses::Cidrs(Vec::new());

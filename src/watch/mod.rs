@@ -18,7 +18,7 @@ use std::time::Duration;
 use tokio::time::MissedTickBehavior;
 
 use crate::commit::{CommitError, Committer};
-use crate::model::{NodeContext, NodePortAddresses};
+use crate::model::{LocalTraffic, NodeContext, NodePortAddresses};
 use crate::plan::ServicePlan;
 use crate::report::Reporter;
 
@@ -31,6 +31,22 @@ pub struct Options {
     pub node_name: Arc<str>,
     /// At which of the node's addresses node ports are served.
     pub nodeport_addresses: NodePortAddresses,
+    /// How connections of pods on this node are known.
+    pub local_traffic: LocalTraffic,
+    /// Whether every connection to a cluster IP is masqueraded.
+    pub masquerade_all: bool,
+}
+
+impl Options {
+    /// The defaults for a node of this name.
+    pub fn new(node_name: Arc<str>) -> Options {
+        Options {
+            node_name,
+            nodeport_addresses: NodePortAddresses::Primary,
+            local_traffic: LocalTraffic::default(),
+            masquerade_all: false,
+        }
+    }
 }
 
 /// How often a source asks for what the kernel has refused to be tried again.

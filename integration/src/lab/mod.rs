@@ -162,6 +162,11 @@ impl Lab {
         Ok(lab)
     }
 
+    /// `spec.podCIDRs` of the node.
+    pub fn pod_cidrs(&self) -> [&'static str; 2] {
+        NODE_PODS.cidrs
+    }
+
     /// A directory for the test's files, removed with the laboratory. Output of processes that
     /// [`Lab::spawn`] started is here.
     pub fn directory(&self) -> &Path {

@@ -15,7 +15,7 @@ use anyhow::{Context, Result, ensure};
 use portcullis::commit::{Adoption, Change, CommitError, Report, Worker};
 use portcullis::model::Protocol::Tcp;
 use portcullis::netlink::{ChainDump, Data, Error, Socket, TableDump};
-use portcullis::ruleset::{Subject, TABLE};
+use portcullis::ruleset::{LOCAL_SLOTS, Subject, TABLE};
 use portcullis_integration::lab::{Namespace, eventually};
 use portcullis_integration::requirement::{Requirement, available};
 use portcullis_integration::services::{Sketch, node, service};
@@ -159,7 +159,10 @@ impl State {
         let set = |(name, set): (String, portcullis::netlink::SetDump)| {
             let elements = set.elements.into_iter().map(|mut element| {
                 if name.contains("endpoints") && !name.starts_with("no-") {
-                    element.key.truncate(element.key.len() - 4);
+                    let slot = element.key.split_off(element.key.len() - 4);
+                    let slot = u32::from_ne_bytes(slot.try_into().expect("four bytes"));
+                    // Which of the lists of its frontend it is in.
+                    element.key.extend((slot & LOCAL_SLOTS).to_ne_bytes());
                 }
                 (element.key, element.end, element.data, element.comment)
             });

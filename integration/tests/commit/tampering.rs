@@ -1,6 +1,9 @@
 //! Somebody changed the table while no daemon owned it.
 
+use std::num::NonZeroU32;
+
 use anyhow::{Context, Result, ensure};
+use portcullis::model::{Balancing, CidrSet, SourceRestriction, TrafficPolicy};
 use portcullis::netlink::{Batch, Socket, TableFlags};
 use portcullis::ruleset::TABLE;
 use portcullis_integration::services::Sketch;
@@ -13,6 +16,15 @@ fn services() -> Vec<Sketch> {
         web(2, &[3]).allow("192.0.2.0/24, 198.51.100.0/24"),
         web(3, &[]),
         web(4, &[1]).closed(),
+        web(5, &[1, 2, 3]).to(&["10.244.9.1", "10.244.9.2"]).with(|service| {
+            service.external_ips = vec!["198.51.100.5".parse().expect("an address")];
+            service.load_balancer_ips = vec!["203.0.113.5".parse().expect("an address")];
+            let ranges = CidrSet::parse("10.0.0.0/8").expect("a CIDR");
+            service.load_balancer_sources = SourceRestriction::Allow(ranges);
+            service.external_traffic = TrafficPolicy::Local;
+            service.session_affinity = NonZeroU32::new(7200);
+            service.balancing = Balancing::SourceHash;
+        }),
     ]
 }
 
@@ -113,6 +125,32 @@ fn tamperings() -> Vec<(&'static str, String, Repair)> {
                     comment \"mine\" : 10.244.0.1 . 80 }}"
             ),
             Elements(2),
+        ),
+        (
+            "an endpoint of the node gone",
+            format!("delete {ELEMENTS_OF} endpoints4 {{ 203.0.113.5 . tcp . 80 . 0x80000001 }}"),
+            Elements(1),
+        ),
+        (
+            "a node that may use no other endpoints",
+            format!("delete {ELEMENTS_OF} cluster-policy4 {{ 198.51.100.5 . tcp . 80 }}"),
+            Elements(1),
+        ),
+        (
+            "a source range let in",
+            format!("add {ELEMENTS_OF} ranges4-shop/web-5 {{ 203.0.113.0/24 }}"),
+            Elements(1),
+        ),
+        (
+            "a Service that remembers nobody",
+            format!("delete {ELEMENTS_OF} sticky4 {{ 10.96.0.5 . tcp . 80 }}"),
+            Elements(1),
+        ),
+        ("another time to be remembered", format!("flush {CHAIN} remember4-7200s"), Layout),
+        (
+            "another way to choose",
+            format!("flush {CHAIN} service4-over-5-sticky-by-source"),
+            Layout,
         ),
         (
             "a source let in",

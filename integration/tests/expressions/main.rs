@@ -2,6 +2,7 @@
 //! is written is listed by nft as expected, and a packet that crosses it meets the expected fate.
 
 mod actions;
+mod clients;
 mod elements;
 mod matches;
 mod verdicts;
@@ -79,7 +80,13 @@ fn what_is_written_is_listed_and_works() -> Result<()> {
     }
     let world = World::new()?;
     let (mut seen, mut failed) = (BTreeSet::new(), Vec::new());
-    let cases = [matches::cases(), verdicts::cases(), actions::cases(), elements::cases()];
+    let cases = [
+        matches::cases(),
+        verdicts::cases(),
+        actions::cases(),
+        elements::cases(),
+        clients::cases(),
+    ];
     for case in cases.iter().flatten() {
         if let Err(error) = world.run(case) {
             failed.push(format!("case {:?}: {error:#}", case.name));
@@ -99,14 +106,19 @@ const KINDS: &[&str] = &[
     "meta",
     "meta set",
     "ct",
+    "ct original",
     "fib",
+    "fib saddr",
+    "jhash",
     "numgen",
     "bitwise",
     "cmp eq",
     "cmp neq",
     "lookup",
+    "lookup inverted",
     "lookup map",
     "lookup vmap",
+    "update map",
     "immediate",
     "accept",
     "drop",
@@ -130,7 +142,12 @@ fn kind(expression: &Expression) -> &'static str {
         Expression::Meta { .. } => "meta",
         Expression::MetaSet { .. } => "meta set",
         Expression::Ct { .. } => "ct",
+        Expression::CtOriginal { .. } => "ct original",
         Expression::FibDaddrType { .. } => "fib",
+        Expression::FibSaddrType { .. } => "fib saddr",
+        Expression::JenkinsHash { .. } => "jhash",
+        Expression::LookupInverted { .. } => "lookup inverted",
+        Expression::UpdateMap { .. } => "update map",
         Expression::NumgenRandom { .. } => "numgen",
         Expression::Bitwise { .. } => "bitwise",
         Expression::Cmp { op: CmpOp::Eq, .. } => "cmp eq",
@@ -413,6 +430,8 @@ fn set<'a>(name: &'a str, types: &[u32]) -> Set<'a> {
         data: None,
         interval: false,
         timeout: false,
+        dynamic: false,
+        size: None,
         comment: None,
     }
 }

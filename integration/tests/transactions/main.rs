@@ -120,6 +120,8 @@ fn numbers(name: &str) -> Set<'_> {
         data: None,
         interval: false,
         timeout: false,
+        dynamic: false,
+        size: None,
         comment: None,
     }
 }

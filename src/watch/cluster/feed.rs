@@ -64,10 +64,7 @@ impl Feed {
             }
             Event::Node(event) => {
                 self.outages.take("the Node", &event);
-                if let Ok(event) = event {
-                    self.node(&event);
-                }
-                Vec::new()
+                event.map_or_else(|_| Vec::new(), |event| self.node(&event))
             }
         }
     }
@@ -123,35 +120,36 @@ impl Feed {
         }
     }
 
-    fn node(&mut self, event: &watcher::Event<core::Node>) {
+    fn node(&mut self, event: &watcher::Event<core::Node>) -> Vec<ServiceName> {
         match event {
-            watcher::Event::Init => self.node.begin(),
+            watcher::Event::Init => {
+                self.node.begin();
+                Vec::new()
+            }
             watcher::Event::InitApply(object) => {
                 self.node.list(());
-                self.set_node(lower::node(object));
+                self.set_node(lower::node(object))
             }
-            watcher::Event::InitDone => {
-                if !self.node.end().is_empty() {
-                    self.set_node(Node::default());
-                }
-            }
+            watcher::Event::InitDone if self.node.end().is_empty() => Vec::new(),
+            watcher::Event::InitDone => self.set_node(Node::default()),
             watcher::Event::Apply(object) => {
                 self.node.apply(());
-                self.set_node(lower::node(object));
+                self.set_node(lower::node(object))
             }
             watcher::Event::Delete(_) => {
                 self.node.delete(&());
-                self.set_node(Node::default());
+                self.set_node(Node::default())
             }
         }
     }
 
-    fn set_node(&self, node: Node) {
-        let changed = self.context.set_node(node);
-        if let Some(context) = changed.filter(|_| self.serves_node) {
+    fn set_node(&self, node: Node) -> Vec<ServiceName> {
+        let Some((context, touched)) = self.context.set_node(node) else { return Vec::new() };
+        if self.serves_node {
             self.reporter.node(&context.node);
             self.context.commit_node(context);
         }
+        touched
     }
 }
 

@@ -62,10 +62,12 @@ impl Context {
     }
 
     /// Takes the node, or that it is gone ([`Node::default`]). Gives what is known of it now, if
-    /// that is something else.
-    pub(super) fn set_node(&self, node: Node) -> Option<NodeContext> {
+    /// that is something else, and the Services that are to be reconciled.
+    pub(super) fn set_node(&self, node: Node) -> Option<(NodeContext, Vec<ServiceName>)> {
         let mut state = self.state();
-        state.index.set_node(node).then(|| state.index.context().clone())
+        let touched = state.index.set_node(node)?;
+        state.unsettled.extend(touched.iter().cloned());
+        Some((state.index.context().clone(), touched.into_iter().collect()))
     }
 
     /// Hands the node to the committer, which reports and tries again what the kernel refuses.

@@ -9,7 +9,6 @@ use serde_json::json;
 use tokio::task::JoinHandle;
 
 use super::*;
-use crate::model::NodePortAddresses;
 use crate::watch::testing::{Kernel, PATIENCE, until};
 
 /// A cluster that tells what a test says.
@@ -37,8 +36,7 @@ impl Cluster {
         let shutdown = CancellationToken::new();
         let (store2, reporter2, shutdown2) = (store.clone(), reporter.clone(), shutdown.clone());
         let served = tokio::spawn(async move {
-            let nodeport_addresses = NodePortAddresses::Primary;
-            let options = Options { node_name: "worker".into(), nodeport_addresses };
+            let options = Options::new("worker".into());
             let outages = Arc::default();
             serve(store2, told.boxed(), outages, &options, committer, reporter2, shutdown2).await
         });

@@ -3,10 +3,15 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use ipnet::IpNet;
+
 use k8s_openapi::api::core::v1 as core;
 
 use super::{Findings, shown, unicast};
 use crate::model::{Diagnostic, Family, Node, ObjectKind, ObjectRef, Severity};
+
+/// The label that says in which zone a node is.
+const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
 
 /// What the proxy needs of a Node: the first address of each family, `InternalIP` before
 /// `ExternalIP`, in the object's order. kube-proxy's default for `--nodeport-addresses=primary`
@@ -32,7 +37,30 @@ pub fn node(object: &core::Node) -> Node {
             }
         }
     }
-    Node { primary_addresses, diagnostics: findings.diagnostics }
+    let zone = object.metadata.labels.as_ref().and_then(|labels| labels.get(ZONE_LABEL));
+    let zone = zone.filter(|zone| !zone.is_empty()).map(|zone| zone.as_str().into());
+    let pod_cidrs = pod_cidrs(object, &mut findings);
+    Node { primary_addresses, zone, pod_cidrs, diagnostics: findings.diagnostics }
+}
+
+/// `podCIDRs`, or else `podCIDR`.
+fn pod_cidrs(object: &core::Node, findings: &mut Findings) -> Vec<IpNet> {
+    let Some(spec) = &object.spec else { return Vec::new() };
+    let many = spec.pod_cidrs.iter().flatten().enumerate();
+    let many: Vec<_> = many.map(|(i, cidr)| (format!("spec.podCIDRs[{i}]"), cidr)).collect();
+    let one = || spec.pod_cidr.iter().map(|cidr| ("spec.podCIDR".to_owned(), cidr)).collect();
+    let written: Vec<(String, &String)> = if many.is_empty() { one() } else { many };
+    let mut cidrs = Vec::new();
+    for (field, text) in written.into_iter().filter(|(_, text)| !text.is_empty()) {
+        match text.parse::<IpNet>() {
+            Ok(cidr) => cidrs.push(cidr),
+            Err(_) => findings.error(
+                field,
+                format!("{} is not a CIDR; its addresses do not count as pods'", shown(text)),
+            ),
+        }
+    }
+    cidrs
 }
 
 /// What to tell the operator when node ports are to be served at the node's primary addresses and

@@ -8,7 +8,8 @@ use k8s_openapi::api::discovery::v1 as discovery;
 
 use super::{Findings, WrittenPort, name, namespace, shown, unicast, valid_port};
 use crate::model::{
-    Endpoint, EndpointSlice, Family, ObjectKind, Readiness, ServiceName, SliceName, SlicePort,
+    Endpoint, EndpointSlice, Family, Hints, ObjectKind, Readiness, ServiceName, SliceName,
+    SlicePort,
 };
 
 /// The label that names a slice's Service.
@@ -92,6 +93,7 @@ fn endpoints(
 ) -> Vec<Endpoint> {
     // Many endpoints, few nodes: one copy of each name.
     let mut nodes: BTreeMap<&str, Arc<str>> = BTreeMap::new();
+    let mut hints = SharedHints::default();
     let mut endpoints = Vec::new();
     for (index, entry) in object.endpoints.iter().flatten().enumerate() {
         let Some(text) = entry.addresses.first() else {
@@ -114,9 +116,31 @@ fn endpoints(
             .as_deref()
             .map(|name| Arc::clone(nodes.entry(name).or_insert_with(|| name.into())));
         let readiness = readiness(entry.conditions.as_ref());
-        endpoints.push(Endpoint { address, readiness, node });
+        endpoints.push(Endpoint { address, readiness, node, hints: hints.of(entry) });
     }
     endpoints
+}
+
+/// Many endpoints, few different hints: one copy of each.
+#[derive(Default)]
+struct SharedHints(BTreeSet<Arc<Hints>>);
+
+impl SharedHints {
+    fn of(&mut self, endpoint: &discovery::Endpoint) -> Option<Arc<Hints>> {
+        let hints = endpoint.hints.as_ref()?;
+        let zones = hints.for_zones.iter().flatten().map(|zone| zone.name.as_str().into());
+        let nodes = hints.for_nodes.iter().flatten().map(|node| node.name.as_str().into());
+        let hints = Hints { zones: zones.collect(), nodes: nodes.collect() };
+        if hints == Hints::default() {
+            return None;
+        }
+        if let Some(same) = self.0.get(&hints) {
+            return Some(Arc::clone(same));
+        }
+        let hints = Arc::new(hints);
+        self.0.insert(Arc::clone(&hints));
+        Some(hints)
+    }
 }
 
 fn endpoint_address(text: &str, family: Family) -> Result<IpAddr, &'static str> {

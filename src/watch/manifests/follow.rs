@@ -249,11 +249,11 @@ mod tests {
     use tempfile::TempDir;
 
     use super::*;
-    use crate::model::NodePortAddresses;
+
     use crate::watch::testing::{Kernel, PATIENCE, until};
 
     fn options() -> Options {
-        Options { node_name: "worker".into(), nodeport_addresses: NodePortAddresses::Primary }
+        Options::new("worker".into())
     }
 
     fn services(names: &[&str]) -> String {
@@ -413,7 +413,7 @@ mod tests {
         services_are("a file is mended", &["default/a 10.96.0.1:", "default/bb 10.96.0.2:"]).await;
         until("said", true, || !said("b.yaml: apiVersion") && said("defined again")).await;
         // The Service's finding comes back from the committer.
-        let more = services(&["a"]).replace("clusterIP", "externalIPs: [192.0.2.1]\n  clusterIP");
+        let more = services(&["a"]).replace("clusterIP", "externalIPs: [nonsense]\n  clusterIP");
         fs::write(path.join("a.yaml"), more).unwrap();
         until("a finding", true, || said("spec.externalIPs")).await;
         fs::remove_file(path.join("a.yaml")).unwrap();

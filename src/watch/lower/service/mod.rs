@@ -1,5 +1,8 @@
 //! Services.
 
+mod external;
+mod traffic;
+
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::num::NonZeroU16;
@@ -11,6 +14,10 @@ use crate::model::{
     CidrSet, Family, ObjectKind, Protocol, Service, ServiceName, ServicePort, Severity,
     SourceRestriction,
 };
+use external::External;
+use traffic::{balancing, policy, session_affinity};
+
+pub use traffic::BALANCING_ANNOTATION;
 
 /// The annotation that says who may reach a Service's node ports, as comma-separated CIDRs.
 pub const SOURCES_ANNOTATION: &str = "portcullis.dev/allowed-source-cidrs";
@@ -75,15 +82,27 @@ pub fn service(object: &core::Service) -> Option<Service> {
     let has_node_ports = ports.iter().any(|port| port.node_port.is_some());
     let node_port_sources = sources(object, has_node_ports, &mut findings);
     unknown_annotations(object, &mut findings);
-    not_implemented(object, spec, exposure, &mut findings);
     let created = object.metadata.creation_timestamp.as_ref();
+    let external = External::of(object, spec, exposure, &cluster_ips, &mut findings);
     Some(Service {
-        name: service_name(object),
         created: created.map_or(0, |time| time.0.as_second()),
-        cluster_ips,
         ports,
+        internal_traffic: policy(
+            spec.internal_traffic_policy.as_deref(),
+            "spec.internalTrafficPolicy",
+            &mut findings,
+        ),
+        external_traffic: external.traffic,
+        session_affinity: session_affinity(spec, &mut findings),
+        balancing: balancing(object, &mut findings),
         node_port_sources,
+        load_balancer_ips: external.load_balancer_ips,
+        external_ips: external.addresses,
+        load_balancer_sources: external.load_balancer_sources,
+        health_check_port: external.health_check_port,
+        cluster_ips,
         diagnostics: findings.diagnostics,
+        ..Service::new(service_name(object))
     })
 }
 
@@ -249,7 +268,7 @@ pub(crate) fn is_ours(annotation: &str) -> bool {
 /// A misspelt annotation leaves node ports open that its author thinks closed.
 fn unknown_annotations(object: &core::Service, findings: &mut Findings) {
     for key in object.metadata.annotations.iter().flatten().map(|(key, _)| key) {
-        if is_ours(key) && key != SOURCES_ANNOTATION {
+        if is_ours(key) && ![SOURCES_ANNOTATION, BALANCING_ANNOTATION].contains(&key.as_str()) {
             let message = format!(
                 "unknown, and ignored; the annotation that restricts node ports is called \
                  {SOURCES_ANNOTATION}"
@@ -261,69 +280,6 @@ fn unknown_annotations(object: &core::Service, findings: &mut Findings) {
 
 fn annotation_field(key: &str) -> String {
     format!("metadata.annotations[{key}]")
-}
-
-/// What an object may ask for and does not get yet: said, with what happens instead.
-fn not_implemented(
-    object: &core::Service,
-    spec: &core::ServiceSpec,
-    exposure: Exposure,
-    findings: &mut Findings,
-) {
-    let is = |value: &Option<String>, wanted: &str| value.as_deref() == Some(wanted);
-    let external = exposure != Exposure::Internal;
-    if external && is(&spec.external_traffic_policy, "Local") {
-        findings.warning(
-            "spec.externalTrafficPolicy",
-            "Local is not supported yet: treated as Cluster, so endpoints of all nodes are used \
-             and the client's address is hidden from them",
-        );
-    }
-    if is(&spec.internal_traffic_policy, "Local") {
-        findings.warning(
-            "spec.internalTrafficPolicy",
-            "Local is not supported yet: treated as Cluster, so endpoints of all nodes are used",
-        );
-    }
-    if is(&spec.session_affinity, "ClientIP") {
-        findings.warning(
-            "spec.sessionAffinity",
-            "ClientIP is not supported yet: each connection goes to any endpoint",
-        );
-    }
-    if spec.traffic_distribution.as_deref().is_some_and(|value| !value.is_empty()) {
-        findings.warning(
-            "spec.trafficDistribution",
-            "not supported yet: endpoints of all zones and nodes are used alike",
-        );
-    }
-    if spec.external_ips.iter().flatten().next().is_some() {
-        findings.warning("spec.externalIPs", "not supported yet: not served at these addresses");
-    }
-    if spec.load_balancer_source_ranges.iter().flatten().next().is_some() {
-        findings.warning(
-            "spec.loadBalancerSourceRanges",
-            format!(
-                "not supported yet: nothing is filtered by it; to restrict node ports use the \
-                 annotation {SOURCES_ANNOTATION}"
-            ),
-        );
-    }
-    if external && spec.health_check_node_port.is_some_and(|port| port != 0) {
-        findings.warning("spec.healthCheckNodePort", "not supported yet: nothing answers there");
-    }
-    let status = object.status.as_ref().and_then(|status| status.load_balancer.as_ref());
-    let ingress = status.and_then(|balancer| balancer.ingress.as_ref());
-    // An address in mode Proxy is the load balancer's own; traffic for it never comes here.
-    let ours = |ingress: &core::LoadBalancerIngress| {
-        ingress.ip.as_deref().is_some_and(|ip| !ip.is_empty()) && !is(&ingress.ip_mode, "Proxy")
-    };
-    if exposure == Exposure::LoadBalancer && ingress.is_some_and(|all| all.iter().any(ours)) {
-        findings.warning(
-            "status.loadBalancer.ingress",
-            "load-balancer addresses are not supported yet: not served there; node ports are",
-        );
-    }
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 use serde_json::{Value, json};
 
 use super::*;
+use crate::model::{Balancing, TrafficPolicy};
 
 fn object(metadata: Value, spec: Value) -> core::Service {
     let object = json!({"metadata": metadata, "spec": spec});
@@ -252,50 +253,161 @@ fn misspelt_annotations() {
 
 #[test]
 fn what_is_not_implemented_is_said() {
-    let node_port = |field: &str, value: Value| json!({"type": "NodePort", field: value});
-    let balancer = |field: &str, value: Value| json!({"type": "LoadBalancer", field: value});
-    for (spec, field) in [
-        (node_port("externalTrafficPolicy", json!("Local")), "spec.externalTrafficPolicy"),
-        (balancer("externalTrafficPolicy", json!("Local")), "spec.externalTrafficPolicy"),
-        (json!({"internalTrafficPolicy": "Local"}), "spec.internalTrafficPolicy"),
-        (json!({"sessionAffinity": "ClientIP"}), "spec.sessionAffinity"),
-        (json!({"trafficDistribution": "PreferSameZone"}), "spec.trafficDistribution"),
-        (json!({"externalIPs": ["192.0.2.1"]}), "spec.externalIPs"),
+    let local = |port| {
+        json!({"type": "LoadBalancer", "externalTrafficPolicy": "Local",
+        "healthCheckNodePort": port})
+    };
+    let got = with(json!({}), local(31000));
+    let expected = ["warning: spec.healthCheckNodePort: not supported yet: nothing answers there"];
+    assert_eq!(findings(&got), expected);
+    assert_eq!(got.health_check_port, NonZeroU16::new(31000));
+    let got = with(json!({}), local(65536));
+    let expected = ["error: spec.healthCheckNodePort: 65536 is not a port; nothing answers there"];
+    assert_eq!(findings(&got), expected);
+    // Nobody asks there with another policy, or of another type.
+    let cluster = json!({"type": "LoadBalancer", "healthCheckNodePort": 31000});
+    assert_eq!(with(json!({}), cluster).health_check_port, None);
+}
+
+#[test]
+fn policies() {
+    use TrafficPolicy::{Cluster, Local};
+    for (text, expected, finding) in [
+        (json!(null), Cluster, None),
+        (json!(""), Cluster, None),
+        (json!("Cluster"), Cluster, None),
+        (json!("Local"), Local, None),
         (
-            balancer("loadBalancerSourceRanges", json!(["10.0.0.0/8"])),
-            "spec.loadBalancerSourceRanges",
+            json!("local"),
+            Cluster,
+            Some("\"local\" is none of Cluster and Local; treated as Cluster"),
         ),
-        (balancer("healthCheckNodePort", json!(31000)), "spec.healthCheckNodePort"),
+    ] {
+        for field in ["internalTrafficPolicy", "externalTrafficPolicy"] {
+            let got = with(json!({}), json!({"type": "NodePort", field: text}));
+            let finding = finding.map(|finding| format!("error: spec.{field}: {finding}"));
+            assert_eq!(findings(&got), Vec::from_iter(finding), "{text}");
+            let (internal, external) = (got.internal_traffic, got.external_traffic);
+            let of_field = if field.starts_with('i') { internal } else { external };
+            assert_eq!(of_field, expected, "{field}: {text}");
+        }
+    }
+}
+
+#[test]
+fn affinity() {
+    let timeout = |seconds: Value| {
+        json!({"sessionAffinity": "ClientIP",
+        "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": seconds}}})
+    };
+    let field = "spec.sessionAffinityConfig.clientIP.timeoutSeconds";
+    for (spec, expected, finding) in [
+        (json!({}), None, None),
+        (json!({"sessionAffinity": "None"}), None, None),
+        (json!({"sessionAffinity": "ClientIP"}), Some(10_800), None),
+        (timeout(json!(1)), Some(1), None),
+        (timeout(json!(86_400)), Some(86_400), None),
+        (timeout(json!(0)), Some(10_800), Some(field)),
+        (timeout(json!(86_401)), Some(10_800), Some(field)),
+        (json!({"sessionAffinity": "Cookie"}), None, Some("spec.sessionAffinity")),
     ] {
         let got = with(json!({}), spec.clone());
-        let fields: Vec<_> =
-            got.diagnostics.iter().map(|d| (d.field.as_str(), d.severity)).collect();
-        assert_eq!(fields, [(field, Severity::Warning)], "{spec}");
+        assert_eq!(got.session_affinity.map(std::num::NonZeroU32::get), expected, "{spec}");
+        let fields: Vec<_> = got.diagnostics.iter().map(|d| d.field.as_str()).collect();
+        assert_eq!(fields, Vec::from_iter(finding), "{spec}");
     }
-    let defaults = json!({"externalTrafficPolicy": "Cluster", "internalTrafficPolicy": "Cluster",
-        "sessionAffinity": "None", "externalIPs": [], "healthCheckNodePort": 0, "type": "NodePort",
-        "publishNotReadyAddresses": true, "loadBalancerSourceRanges": []});
-    assert_eq!(with(json!({}), defaults).diagnostics, []);
+}
+
+#[test]
+fn ways_to_choose_an_endpoint() {
+    for (text, expected, errors) in [
+        ("random", Balancing::Random, 0),
+        ("source-hash", Balancing::SourceHash, 0),
+        ("least-connections", Balancing::Random, 1),
+        ("", Balancing::Random, 1),
+    ] {
+        let got = with(json!({BALANCING_ANNOTATION: text}), json!({}));
+        assert_eq!((got.balancing, got.diagnostics.len()), (expected, errors), "{text:?}");
+    }
+}
+
+#[test]
+fn external_addresses() {
+    let dual = json!(["10.96.0.7", "fd00::7"]);
+    let single = json!(["10.96.0.7"]);
+    for (cluster_ips, external, expected, finding) in [
+        (&single, json!([]), json!([]), None),
+        (&single, json!(["192.0.2.1", "192.0.2.1"]), json!(["192.0.2.1"]), None),
+        (&dual, json!(["2001:db8::1", "192.0.2.1"]), json!(["2001:db8::1", "192.0.2.1"]), None),
+        (
+            &single,
+            json!(["2001:db8::1"]),
+            json!([]),
+            Some(
+                "warning: spec.externalIPs[0]: 2001:db8::1 is of another family than the \
+                  Service's; not served",
+            ),
+        ),
+        (
+            &single,
+            json!(["192.0.2.1", "lb.example.com"]),
+            json!(["192.0.2.1"]),
+            Some("error: spec.externalIPs[1]: \"lb.example.com\" is not an IP address; not served"),
+        ),
+    ] {
+        let got = with(json!({}), json!({"clusterIPs": cluster_ips, "externalIPs": external}));
+        assert_eq!(json!(got.external_ips), expected, "{external}");
+        assert_eq!(findings(&got), Vec::from_iter(finding.map(str::to_owned)), "{external}");
+    }
+}
+
+fn balanced(spec: Value, ingress: &Value) -> Service {
+    let mut object = object(json!({"name": "web"}), spec);
+    object.status = serde_json::from_value(json!({"loadBalancer": {"ingress": ingress}})).unwrap();
+    service(&object).unwrap()
 }
 
 #[test]
 fn load_balancer_addresses() {
-    for (ingress, said) in [
-        (json!([]), false),
-        (json!([{"hostname": "lb.example.com"}]), false),
-        (json!([{"ip": "192.0.2.1", "ipMode": "Proxy"}]), false),
-        (json!([{"ip": "192.0.2.1"}]), true),
-        (json!([{"ip": "192.0.2.1", "ipMode": "VIP"}]), true),
+    for (ingress, expected) in [
+        (json!([]), json!([])),
+        (json!([{"hostname": "lb.example.com"}]), json!([])),
+        // Its connections come to node ports or endpoints.
+        (json!([{"ip": "192.0.2.1", "ipMode": "Proxy"}]), json!([])),
+        (json!([{"ip": "192.0.2.1"}]), json!(["192.0.2.1"])),
+        (json!([{"ip": "192.0.2.1", "ipMode": "VIP"}]), json!(["192.0.2.1"])),
     ] {
-        let mut object = object(
-            json!({"name": "web"}),
-            json!({"type": "LoadBalancer", "clusterIP": "10.96.0.7"}),
+        let spec = |kind| json!({"type": kind, "clusterIP": "10.96.0.7"});
+        let got = balanced(spec("LoadBalancer"), &ingress);
+        assert_eq!(
+            (json!(got.load_balancer_ips), got.diagnostics),
+            (expected, vec![]),
+            "{ingress}"
         );
-        object.status =
-            serde_json::from_value(json!({"loadBalancer": {"ingress": ingress}})).unwrap();
-        let got = service(&object).unwrap();
-        let fields: Vec<_> = got.diagnostics.iter().map(|d| d.field.as_str()).collect();
-        let expected: &[&str] = if said { &["status.loadBalancer.ingress"] } else { &[] };
-        assert_eq!(fields, expected, "{ingress}");
+        assert!(balanced(spec("NodePort"), &ingress).load_balancer_ips.is_empty());
+    }
+}
+
+#[test]
+fn source_ranges() {
+    let cidrs = |list| SourceRestriction::Allow(CidrSet::parse(list).unwrap());
+    let field = "spec.loadBalancerSourceRanges";
+    for (ranges, expected, finding) in [
+        (json!([]), SourceRestriction::Unrestricted, None),
+        (json!(["10.0.0.0/8"]), cidrs("10.0.0.0/8"), None),
+        (json!([" 10.0.0.0/8 ", "192.0.2.0/24"]), cidrs("10.0.0.0/8, 192.0.2.0/24"), None),
+        (json!(["10.0.0.0"]), SourceRestriction::Closed, Some(format!("{field}[0]"))),
+        (
+            json!(["10.0.0.0/8", "everybody"]),
+            SourceRestriction::Closed,
+            Some(format!("{field}[1]")),
+        ),
+    ] {
+        let spec = json!({"type": "LoadBalancer", "clusterIP": "10.96.0.7",
+            "loadBalancerSourceRanges": ranges});
+        let got = balanced(spec, &json!([{"ip": "192.0.2.1"}]));
+        assert_eq!(got.load_balancer_sources, expected, "{ranges}");
+        let fields: Vec<_> = got.diagnostics.iter().map(|d| d.field.clone()).collect();
+        assert_eq!(fields, Vec::from_iter(finding), "{ranges}");
     }
 }

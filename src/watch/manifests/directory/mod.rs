@@ -222,7 +222,10 @@ impl Directory {
                         Some(Lowered::Node(node)) => node.clone(),
                         _ => Node::default(),
                     };
-                    changes.node |= self.index.set_node(node);
+                    if let Some(touched) = self.index.set_node(node) {
+                        changes.node = true;
+                        changes.services.extend(touched);
+                    }
                 }
                 (ObjectKind::Node | ObjectKind::File, _) => {}
             }

@@ -7,10 +7,9 @@ use proptest::prelude::*;
 use tempfile::TempDir;
 
 use super::*;
-use crate::model::NodePortAddresses;
 
 fn options() -> Options {
-    Options { node_name: "worker".into(), nodeport_addresses: NodePortAddresses::Primary }
+    Options::new("worker".into())
 }
 
 /// A directory of manifests, and what is known of it.
