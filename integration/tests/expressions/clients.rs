@@ -20,6 +20,13 @@ use super::{
     saddr6, set, tcp, to_port, udp,
 };
 
+/// Writes sets and elements.
+type Write = fn(&mut Batch);
+/// Sends packets.
+type Cross = fn(&World) -> Result<()>;
+/// Key, value, and how many milliseconds it has left.
+type Remembered = (Vec<u8>, Vec<u8>, u64);
+
 pub fn cases() -> Vec<Case> {
     vec![
         first_packet4(),
@@ -189,8 +196,7 @@ fn first_packet6() -> Case {
 
 /// A client gets the same endpoint each time, whatever its port.
 fn hashed(family: Family) -> Case {
-    let (name, sets, listed, fate): (_, fn(&mut Batch), _, fn(&World) -> Result<()>) = match family
-    {
+    let (name, sets, listed, fate): (_, Write, _, Cross) = match family {
         Family::V4 => (
             "IPv4 endpoints by a hash of the client",
             |batch| {
@@ -372,8 +378,8 @@ fn remember(data: Register) -> Expression {
     Expression::UpdateMap { map: "memory".into(), key: FIRST, data, timeout: 3_600_000 }
 }
 
-/// Keys, values and how many milliseconds each has left, by key.
-fn memory_of(world: &World) -> Result<Vec<(Vec<u8>, Vec<u8>, u64)>> {
+/// What the map holds, by key.
+fn memory_of(world: &World) -> Result<Vec<Remembered>> {
     let table = world.lab.node.enter(|| Socket::open()?.dump_table(TABLE))?.context("no table")?;
     let elements = table.sets.get("memory").context("no map")?.elements.iter();
     let mut memory: Vec<_> = elements
