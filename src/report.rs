@@ -5,7 +5,7 @@ use std::error::Error;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crate::commit::{Adoption, CommitError, Report};
-use crate::model::{Diagnostic, Node, ObjectKind, ObjectRef, Severity};
+use crate::model::{Diagnostic, NodeContext, ObjectKind, ObjectRef, Severity};
 use crate::ruleset::Subject;
 
 /// Hears what becomes of each object. Cheap to clone; all clones are one.
@@ -54,9 +54,9 @@ impl Reporter {
         self.replace(Origin::Commit(subject), found);
     }
 
-    /// Takes what is wrong with the node.
-    pub fn node(&self, node: &Node) {
-        self.replace(Origin::Node, node.diagnostics.iter().cloned().collect());
+    /// Takes what is wrong with the node and the `ServiceCIDR`s.
+    pub fn node(&self, node: &NodeContext) {
+        self.replace(Origin::Node, node.diagnostics().cloned().collect());
     }
 
     /// Takes everything that is wrong with manifest files.
@@ -243,7 +243,9 @@ mod tests {
         let (a, b, c) = (finding("a", "1"), finding("b", "1"), finding("c", "1"));
         reporter.commit(report(std::slice::from_ref(&b), None));
         reporter.manifests(vec![c.clone(), a.clone()]);
-        reporter.node(&Node { diagnostics: vec![a.clone()], ..Node::default() });
+        let mut node = NodeContext::new("worker".into());
+        node.node.diagnostics.push(a.clone());
+        reporter.node(&node);
         assert_eq!(reporter.diagnostics(), [a.clone(), b.clone(), c]);
         reporter.clone().manifests(Vec::new());
         assert_eq!(reporter.diagnostics(), [a, b]);

@@ -170,6 +170,9 @@ fn packets_follow_the_api() -> Result<()> {
             .is_ok_and(|outcome| outcome == Outcome::TimedOut)
     };
     ensure!(eventually(NOTICE, nowhere), "still rejected");
+    // The API server makes a ServiceCIDR of the network that it was told.
+    let network = lab.node.run(&["nft", "list", "set", "inet", "portcullis", "service-cidrs4"])?;
+    ensure!(network.contains("elements"), "the Service network is not known: {network}");
     Ok(())
 }
 

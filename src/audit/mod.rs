@@ -90,7 +90,7 @@ pub fn examine(desired: &Desired, node: &NodeContext, observed: &Observed) -> Au
     let contributions = plans.iter().map(|plan| Contribution::service(Arc::clone(plan), |_| None));
     let differences =
         compare(contributions.chain(std::iter::once(Contribution::node(node))), observed);
-    let mut diagnostics = node.node.diagnostics.clone();
+    let mut diagnostics = node.diagnostics().cloned().collect::<Vec<_>>();
     diagnostics.extend(plans.iter().flat_map(|plan| plan.diagnostics.iter().cloned()));
     diagnostics.sort();
     Audit {

@@ -90,7 +90,7 @@ async fn once(
         }
         Source::Cluster(client) => cluster::load(client, options).await?,
     };
-    reporter.node(&index.context().node);
+    reporter.node(index.context());
     let adoption =
         worker.adopt(index.context(), index.plans().collect()).map_err(explain_commit)?;
     worker.finish_revocations();

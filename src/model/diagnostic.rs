@@ -50,13 +50,22 @@ pub enum ObjectKind {
     EndpointSlice,
     /// A Node.
     Node,
+    /// A `ServiceCIDR`.
+    #[serde(rename = "ServiceCIDR")]
+    ServiceCidr,
     /// A file of manifests, where no object could be told from it.
     File,
 }
 
 impl fmt::Display for ObjectKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{self:?}")
+        f.write_str(match self {
+            ObjectKind::Service => "Service",
+            ObjectKind::EndpointSlice => "EndpointSlice",
+            ObjectKind::Node => "Node",
+            ObjectKind::ServiceCidr => "ServiceCIDR",
+            ObjectKind::File => "File",
+        })
     }
 }
 

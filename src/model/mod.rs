@@ -15,7 +15,7 @@ pub use cidr::{CidrSet, CidrSetError};
 pub use diagnostic::{Diagnostic, ObjectKind, ObjectRef, Severity};
 pub use endpoint::{Backend, Endpoint, EndpointSlice, Hints, Readiness, SliceName, SlicePort};
 pub use net::{Family, Protocol};
-pub use node::{LocalTraffic, Node, NodeContext, NodePortAddresses};
+pub use node::{LocalTraffic, Node, NodeContext, NodePortAddresses, ServiceCidr};
 pub use service::{
     Balancing, Seniority, Service, ServiceName, ServicePort, SourceRestriction, TrafficPolicy,
 };

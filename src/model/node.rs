@@ -21,6 +21,15 @@ pub struct Node {
     pub diagnostics: Vec<Diagnostic>,
 }
 
+/// A `ServiceCIDR`: a network that cluster IPs are taken from (KEP-1880).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ServiceCidr {
+    /// `spec.cidrs`.
+    pub cidrs: Vec<IpNet>,
+    /// What was wrong with the object.
+    pub diagnostics: Vec<Diagnostic>,
+}
+
 /// `--nodeport-addresses`: at which of the node's addresses node ports are served.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum NodePortAddresses {
@@ -58,8 +67,11 @@ pub struct NodeContext {
     pub local_traffic: LocalTraffic,
     /// Whether every connection to a cluster IP is masqueraded.
     pub masquerade_all: bool,
-    /// The networks of all cluster IPs (`ServiceCIDR` objects).
+    /// The networks of all cluster IPs (`ServiceCIDR` objects): sorted by the objects' names. Where
+    /// none is known, addresses that no Service has are left alone.
     pub service_cidrs: Vec<IpNet>,
+    /// What was wrong with the `ServiceCIDR` objects.
+    pub service_cidr_diagnostics: Vec<Diagnostic>,
 }
 
 impl NodeContext {
@@ -72,7 +84,13 @@ impl NodeContext {
             local_traffic: LocalTraffic::default(),
             masquerade_all: false,
             service_cidrs: Vec::new(),
+            service_cidr_diagnostics: Vec::new(),
         }
+    }
+
+    /// What was wrong with the objects that this was taken from.
+    pub fn diagnostics(&self) -> impl Iterator<Item = &Diagnostic> {
+        self.node.diagnostics.iter().chain(&self.service_cidr_diagnostics)
     }
 
     /// The addresses of `family` that pods of this node have, as far as that is how they are known;

@@ -1,12 +1,13 @@
 //! Everything that the proxy has been told, found by Service.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
 
 use ipnet::IpNet;
 
 use crate::model::{
-    EndpointSlice, Node, NodeContext, NodePortAddresses, Service, ServiceName, SliceName,
-    SourceRestriction,
+    EndpointSlice, Node, NodeContext, NodePortAddresses, Service, ServiceCidr, ServiceName,
+    SliceName, SourceRestriction,
 };
 use crate::plan::{ServicePlan, plan_service};
 
@@ -23,6 +24,7 @@ pub struct Index {
     slices: HashMap<SliceName, EndpointSlice>,
     /// The slices of each Service, be there such a Service or not. No entry is empty.
     slices_of: HashMap<ServiceName, BTreeSet<SliceName>>,
+    service_cidrs: BTreeMap<Arc<str>, ServiceCidr>,
 }
 
 impl Index {
@@ -38,6 +40,7 @@ impl Index {
             services: BTreeMap::new(),
             slices: HashMap::new(),
             slices_of: HashMap::new(),
+            service_cidrs: BTreeMap::new(),
         };
         index.set_node(Node::default());
         index
@@ -111,11 +114,20 @@ impl Index {
         Some(touched.map(|service| service.name.clone()).collect())
     }
 
-    /// Replaces the networks of cluster IPs. Returns whether that changes anything; no plan of a
-    /// Service depends on them.
-    pub fn set_service_cidrs(&mut self, cidrs: Vec<IpNet>) -> bool {
-        let changed = self.context.service_cidrs != cidrs;
-        self.context.service_cidrs = cidrs;
+    /// Replaces a `ServiceCIDR`, or removes it. Returns whether that changes anything about the
+    /// node; no plan of a Service depends on it.
+    pub fn set_service_cidr(&mut self, name: &Arc<str>, cidr: Option<ServiceCidr>) -> bool {
+        match cidr {
+            Some(cidr) => self.service_cidrs.insert(name.clone(), cidr),
+            None => self.service_cidrs.remove(name),
+        };
+        let all = self.service_cidrs.values();
+        let cidrs: Vec<IpNet> = all.clone().flat_map(|one| one.cidrs.iter().copied()).collect();
+        let diagnostics: Vec<_> = all.flat_map(|one| one.diagnostics.iter().cloned()).collect();
+        let context = &mut self.context;
+        let changed =
+            context.service_cidrs != cidrs || context.service_cidr_diagnostics != diagnostics;
+        (context.service_cidrs, context.service_cidr_diagnostics) = (cidrs, diagnostics);
         changed
     }
 
@@ -157,8 +169,6 @@ impl Index {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use proptest::prelude::*;
 
     use super::*;

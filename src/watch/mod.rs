@@ -78,7 +78,7 @@ async fn adopt(
     reporter: &Reporter,
 ) -> Result<(), CommitError> {
     let services = plans.len();
-    reporter.node(&node.node);
+    reporter.node(&node);
     let adoption = committer.adopt(node, plans).await?;
     reporter.adopted(adoption, services);
     Ok(())

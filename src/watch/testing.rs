@@ -60,6 +60,13 @@ impl Kernel {
         elements.iter().map(|element| address(&element.key).to_string()).collect()
     }
 
+    /// Where the addresses of no Service are dropped over IPv4. Sorted.
+    pub(super) fn service_networks(&mut self) -> Vec<String> {
+        let Some(table) = self.table() else { return Vec::new() };
+        let elements = table.sets["service-cidrs4"].elements.iter();
+        elements.map(|element| address(&element.key).to_string()).collect()
+    }
+
     fn table(&mut self) -> Option<TableDump> {
         loop {
             match self.0.dump_table(TABLE) {

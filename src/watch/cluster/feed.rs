@@ -4,12 +4,13 @@ use std::sync::Arc;
 
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
+use k8s_openapi::api::networking::v1 as networking;
 use kube::runtime::watcher;
 
 use super::outage::Outages;
 use super::reconcile::Context;
 use super::relist::Relist;
-use crate::model::{Node, ServiceName, SliceName};
+use crate::model::{Node, NodeContext, ServiceName, SliceName};
 use crate::report::Reporter;
 use crate::watch::lower;
 
@@ -20,6 +21,7 @@ pub(super) enum Event {
     Service(watcher::Result<watcher::Event<core::Service>>),
     Slice(watcher::Result<watcher::Event<discovery::EndpointSlice>>),
     Node(watcher::Result<watcher::Event<core::Node>>),
+    ServiceCidr(watcher::Result<watcher::Event<networking::ServiceCIDR>>),
 }
 
 /// Takes the events of all watchers.
@@ -30,6 +32,9 @@ pub(super) struct Feed {
     services: Relist<ServiceName>,
     slices: Relist<SliceName>,
     node: Relist<()>,
+    service_cidrs: Relist<Arc<str>>,
+    /// Whether the API server has no `ServiceCIDR`s, or none for us: nothing waits for them.
+    without_service_cidrs: bool,
     /// Whether changes of the node are committed.
     serves_node: bool,
 }
@@ -37,13 +42,23 @@ pub(super) struct Feed {
 impl Feed {
     /// Nothing was told yet.
     pub(super) fn new(context: Arc<Context>, outages: Arc<Outages>, reporter: Reporter) -> Feed {
-        let (services, slices, node) = (Relist::new(), Relist::new(), Relist::new());
-        Feed { context, outages, reporter, services, slices, node, serves_node: false }
+        Feed {
+            context,
+            outages,
+            reporter,
+            services: Relist::new(),
+            slices: Relist::new(),
+            node: Relist::new(),
+            service_cidrs: Relist::new(),
+            without_service_cidrs: false,
+            serves_node: false,
+        }
     }
 
     /// Whether all that there is has been told at least once.
     pub(super) fn is_complete(&self) -> bool {
-        self.services.is_complete() && self.slices.is_complete() && self.node.is_complete()
+        let cidrs = self.service_cidrs.is_complete() || self.without_service_cidrs;
+        self.services.is_complete() && self.slices.is_complete() && self.node.is_complete() && cidrs
     }
 
     /// Commits changes of the node from now on.
@@ -65,6 +80,14 @@ impl Feed {
             Event::Node(event) => {
                 self.outages.take("the Node", &event);
                 event.map_or_else(|_| Vec::new(), |event| self.node(&event))
+            }
+            Event::ServiceCidr(event) => {
+                self.outages.take("ServiceCIDRs", &event);
+                match event {
+                    Ok(event) => self.service_cidr(&event),
+                    Err(error) => self.without_service_cidrs |= is_missing(&error),
+                }
+                Vec::new()
             }
         }
     }
@@ -145,12 +168,66 @@ impl Feed {
 
     fn set_node(&self, node: Node) -> Vec<ServiceName> {
         let Some((context, touched)) = self.context.set_node(node) else { return Vec::new() };
-        if self.serves_node {
-            self.reporter.node(&context.node);
-            self.context.commit_node(context);
-        }
+        self.serve(context);
         touched
     }
+
+    fn service_cidr(&mut self, event: &watcher::Event<networking::ServiceCIDR>) {
+        match event {
+            watcher::Event::Init => self.service_cidrs.begin(),
+            watcher::Event::InitApply(object) => {
+                self.service_cidrs.list(lower::service_cidr_name(object));
+                self.set_service_cidr(object);
+            }
+            watcher::Event::InitDone => {
+                for name in self.service_cidrs.end() {
+                    self.delete_service_cidr(&name);
+                }
+            }
+            watcher::Event::Apply(object) => {
+                self.service_cidrs.apply(lower::service_cidr_name(object));
+                self.set_service_cidr(object);
+            }
+            watcher::Event::Delete(object) => {
+                let name = lower::service_cidr_name(object);
+                self.service_cidrs.delete(&name);
+                self.delete_service_cidr(&name);
+            }
+        }
+    }
+
+    fn set_service_cidr(&self, object: &networking::ServiceCIDR) {
+        let (name, cidr) = (lower::service_cidr_name(object), lower::service_cidr(object));
+        if let Some(context) = self.context.set_service_cidr(&name, Some(cidr)) {
+            self.serve(context);
+        }
+    }
+
+    fn delete_service_cidr(&self, name: &Arc<str>) {
+        if let Some(context) = self.context.set_service_cidr(name, None) {
+            self.serve(context);
+        }
+    }
+
+    fn serve(&self, context: NodeContext) {
+        if self.serves_node {
+            self.reporter.node(&context);
+            self.context.commit_node(context);
+        }
+    }
+}
+
+/// Whether the API server has no objects of this kind (before Kubernetes 1.33), or does not let this
+/// account see them.
+fn is_missing(error: &watcher::Error) -> bool {
+    let code = match error {
+        watcher::Error::InitialListFailed(kube::Error::Api(status))
+        | watcher::Error::WatchStartFailed(kube::Error::Api(status))
+        | watcher::Error::WatchFailed(kube::Error::Api(status))
+        | watcher::Error::WatchError(status) => status.code,
+        _ => return false,
+    };
+    matches!(code, 403 | 404)
 }
 
 /// Takes out of a Service what nobody reads, before it is stored.

@@ -2,6 +2,7 @@
 
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
+use k8s_openapi::api::networking::v1 as networking;
 use kube::api::ListParams;
 use kube::{Api, Client};
 use serde::de::DeserializeOwned;
@@ -23,7 +24,8 @@ pub async fn load(client: Client, options: &Options) -> Result<Index, Error> {
     let mut index = Index::new(options);
     let slices: Api<discovery::EndpointSlice> = Api::all(client.clone());
     let services: Api<core::Service> = Api::all(client.clone());
-    let nodes: Api<core::Node> = Api::all(client);
+    let nodes: Api<core::Node> = Api::all(client.clone());
+    let service_cidrs: Api<networking::ServiceCIDR> = Api::all(client);
     let failed = |what| move |source| Error::List { what, source: Box::new(source) };
     for slice in all(&slices, &super::slices()).await.map_err(failed("EndpointSlices"))? {
         index.set_slice(&lower::slice_name(&slice), lower::slice(&slice));
@@ -33,6 +35,14 @@ pub async fn load(client: Client, options: &Options) -> Result<Index, Error> {
     }
     let node = nodes.get_opt(&options.node_name).await.map_err(failed("the Node"))?;
     index.set_node(node.as_ref().map(lower::node).unwrap_or_default());
+    let listed = match all(&service_cidrs, "").await {
+        // Before Kubernetes 1.33 there are none, and not every account may list them.
+        Err(kube::Error::Api(status)) if matches!(status.code, 403 | 404) => Vec::new(),
+        listed => listed.map_err(failed("ServiceCIDRs"))?,
+    };
+    for cidr in listed {
+        index.set_service_cidr(&lower::service_cidr_name(&cidr), Some(lower::service_cidr(&cidr)));
+    }
     Ok(index)
 }
 

@@ -1,6 +1,6 @@
-//! The cluster: Services, `EndpointSlice`s and the own Node from the API server.
+//! The cluster: Services, `EndpointSlice`s, the own Node and `ServiceCIDR`s from the API server.
 //!
-//! [`run`] watches all three. Nothing is committed before each first list is complete; then one
+//! [`run`] watches them all. Nothing is committed before each first list is complete; then one
 //! adoption brings the kernel to what they say, and from there on a `kube_runtime` [`Controller`]
 //! reconciles the Services that events touch. No finalizer is set and nothing is written: every
 //! node has such a watcher.
@@ -100,11 +100,13 @@ fn watch(
     let services = outages.pausing(services).modify(prune).reflect(writer);
     let slices = watcher(Api::all(client.clone()), selected().labels(&slices()));
     let own = format!("metadata.name={}", options.node_name);
-    let node = watcher(Api::all(client), selected().fields(&own));
+    let node = watcher(Api::all(client.clone()), selected().fields(&own));
+    let service_cidrs = watcher(Api::all(client), selected());
     let events = [
         services.map(Event::Service).boxed(),
         outages.pausing(slices).map(Event::Slice).boxed(),
         outages.pausing(node).map(Event::Node).boxed(),
+        outages.pausing(service_cidrs).map(Event::ServiceCidr).boxed(),
     ];
     (store, stream::select_all(events).boxed())
 }

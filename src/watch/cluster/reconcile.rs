@@ -11,7 +11,7 @@ use kube::runtime::controller::Action;
 use kube::runtime::reflector::{ObjectRef, Store};
 
 use crate::commit::{Change, CommitError, Committer};
-use crate::model::{EndpointSlice, Node, NodeContext, ServiceName, SliceName};
+use crate::model::{EndpointSlice, Node, NodeContext, ServiceCidr, ServiceName, SliceName};
 use crate::plan::ServicePlan;
 use crate::watch::{Index, Options, lower};
 
@@ -68,6 +68,18 @@ impl Context {
         let touched = state.index.set_node(node)?;
         state.unsettled.extend(touched.iter().cloned());
         Some((state.index.context().clone(), touched.into_iter().collect()))
+    }
+
+    /// Takes a `ServiceCIDR`, or that it is gone. Gives what is known of the node now, if that is
+    /// something else.
+    pub(super) fn set_service_cidr(
+        &self,
+        name: &Arc<str>,
+        cidr: Option<ServiceCidr>,
+    ) -> Option<NodeContext> {
+        let mut state = self.state();
+        let changed = state.index.set_service_cidr(name, cidr);
+        changed.then(|| state.index.context().clone())
     }
 
     /// Hands the node to the committer, which reports and tries again what the kernel refuses.

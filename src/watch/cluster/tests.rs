@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use futures::channel::mpsc::{UnboundedSender, unbounded};
 use k8s_openapi::api::discovery::v1 as discovery;
+use k8s_openapi::api::networking::v1 as networking;
 use kube::runtime::watcher::Event as Watched;
 use serde_json::json;
 use tokio::task::JoinHandle;
@@ -52,6 +53,7 @@ impl Cluster {
         cluster.list(Event::Service, services);
         cluster.list(Event::Slice, slices);
         cluster.list(Event::Node, &[]);
+        cluster.list(Event::ServiceCidr, &[]);
         until("adoption", true, || cluster.reporter.adoption().is_some()).await;
         Some(cluster)
     }
@@ -99,6 +101,11 @@ fn node(address: &str) -> core::Node {
     .expect("a Node")
 }
 
+fn service_cidr(name: &str, cidrs: &[&str]) -> networking::ServiceCIDR {
+    serde_json::from_value(json!({"metadata": {"name": name}, "spec": {"cidrs": cidrs}}))
+        .expect("a ServiceCIDR")
+}
+
 const A: &str = "10.96.0.1";
 const B: &str = "10.96.0.2";
 
@@ -116,6 +123,12 @@ async fn nothing_is_committed_before_every_list_is_complete() {
     assert_eq!(cluster.kernel.services(), [""; 0]);
     // There may be no such Node.
     cluster.tell(Event::Node, Watched::InitDone);
+    tokio::task::yield_now().await;
+    assert_eq!(cluster.reporter.adoption(), None);
+    // Nor may there be this kind.
+    let missing = kube::core::Status { code: 404, ..Default::default() }.boxed();
+    let missing = watcher::Error::InitialListFailed(kube::Error::Api(missing));
+    cluster.events.unbounded_send(Event::ServiceCidr(Err(missing))).unwrap();
     cluster.services("all", &["default/a 10.96.0.1: 10.0.0.1", "default/b 10.96.0.2:"]).await;
     assert!(cluster.reporter.diagnostics()[0].message.contains("no InternalIP"));
     cluster.end().await;
@@ -234,6 +247,32 @@ async fn the_node_is_committed() {
         until("node", expected, || cluster.kernel.node_port_addresses()).await;
         assert_eq!(says(&cluster), none);
     }
+    cluster.end().await;
+}
+
+#[tokio::test]
+async fn service_cidrs_are_committed() {
+    let Some(mut cluster) = Cluster::listed(&[], &[]).await else { return };
+    let says = |cluster: &Cluster| {
+        let diagnostics = cluster.reporter.diagnostics();
+        diagnostics.iter().any(|d| d.field == "spec.cidrs[1]")
+    };
+    assert_eq!(cluster.kernel.service_networks(), [""; 0]);
+    let first = || service_cidr("kubernetes", &["10.96.0.0/16", "no network"]);
+    for (event, expected) in [
+        (Watched::Apply(first()), vec!["10.96.0.0"]),
+        (Watched::Apply(service_cidr("more", &["10.95.0.0/24"])), vec!["10.95.0.0", "10.96.0.0"]),
+        (Watched::Delete(service_cidr("more", &[])), vec!["10.96.0.0"]),
+    ] {
+        cluster.tell(Event::ServiceCidr, event);
+        let expected: Vec<String> = expected.into_iter().map(str::to_owned).collect();
+        until("networks", expected, || cluster.kernel.service_networks()).await;
+        assert!(says(&cluster));
+    }
+    // A list without it.
+    cluster.list(Event::ServiceCidr, &[]);
+    until("no networks", vec![], || cluster.kernel.service_networks()).await;
+    assert!(!says(&cluster));
     cluster.end().await;
 }
 

@@ -9,6 +9,7 @@
 
 mod node;
 mod service;
+mod service_cidr;
 mod slice;
 
 use std::net::IpAddr;
@@ -23,6 +24,7 @@ pub(crate) use node::no_primary_addresses;
 pub use node::node;
 pub(crate) use service::{OTHER_PROXY_LABEL, is_ours};
 pub use service::{Relevance, SOURCES_ANNOTATION, relevance, service, service_name};
+pub use service_cidr::{service_cidr, service_cidr_name};
 pub(crate) use slice::HEADLESS_LABEL;
 pub use slice::{slice, slice_name};
 
@@ -35,7 +37,7 @@ struct Findings {
 impl Findings {
     fn of(kind: ObjectKind, metadata: &ObjectMeta) -> Findings {
         let namespace = match kind {
-            ObjectKind::Node => Arc::from(""),
+            ObjectKind::Node | ObjectKind::ServiceCidr => Arc::from(""),
             _ => namespace(metadata),
         };
         let object = ObjectRef { kind, namespace, name: name(metadata) };

@@ -7,7 +7,7 @@ use serde::de::DeserializeSeed;
 use super::field::Lines;
 use super::reader::{Reader, Root};
 use super::split::Syntax;
-use crate::model::{EndpointSlice, Node, ObjectRef, Service, Severity};
+use crate::model::{EndpointSlice, Node, ObjectRef, Service, ServiceCidr, Severity};
 
 /// What a document holds.
 #[derive(Debug, Default)]
@@ -38,6 +38,7 @@ pub(super) enum Lowered {
     Service(Option<Service>),
     Slice(Option<EndpointSlice>),
     Node(Node),
+    ServiceCidr(ServiceCidr),
 }
 
 /// What is wrong with a document.

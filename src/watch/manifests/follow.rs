@@ -78,7 +78,7 @@ async fn commit(
 ) -> Result<(), CommitError> {
     let mut waiting = Vec::new();
     if changes.node {
-        reporter.node(&index.context().node);
+        reporter.node(index.context());
         waiting.push(committer.commit(Change::Node(index.context().clone())));
     }
     for service in changes.services {

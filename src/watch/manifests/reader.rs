@@ -99,6 +99,12 @@ impl Reader {
                 let read = self.typed(at, ObjectKind::Node, value);
                 read.map(|(name, object)| (name, Lowered::Node(lower::node(&object))))
             }
+            "ServiceCIDR" => {
+                let read = self.typed(at, ObjectKind::ServiceCidr, value);
+                read.map(|(name, object)| {
+                    (name, Lowered::ServiceCidr(lower::service_cidr(&object)))
+                })
+            }
             list => return self.list(at, list, value),
         };
         self.objects.extend(read.map(|(name, lowered)| Arc::new(Object { name, lowered })));
@@ -195,7 +201,7 @@ impl Reader {
             }
         };
         let namespace = match (kind, field("namespace")) {
-            (ObjectKind::Node, _) => "".into(),
+            (ObjectKind::Node | ObjectKind::ServiceCidr, _) => "".into(),
             (_, Ok(namespace)) => namespace.unwrap_or_else(|| "default".into()),
             (_, Err(message)) => {
                 self.error(at.key("namespace"), message);
@@ -255,6 +261,7 @@ fn expected_version(kind: &str) -> Option<&'static str> {
     match kind {
         "List" | "Service" | "ServiceList" | "Node" | "NodeList" => Some("v1"),
         "EndpointSlice" | "EndpointSliceList" => Some("discovery.k8s.io/v1"),
+        "ServiceCIDR" | "ServiceCIDRList" => Some("networking.k8s.io/v1"),
         _ => None,
     }
 }

@@ -39,7 +39,7 @@ pub(super) struct Directory {
 pub(super) struct Changes {
     /// Services whose plan may have changed.
     pub(super) services: BTreeSet<ServiceName>,
-    /// Whether the node has changed.
+    /// Whether the node or a `ServiceCIDR` has changed.
     pub(super) node: bool,
 }
 
@@ -226,6 +226,13 @@ impl Directory {
                         changes.node = true;
                         changes.services.extend(touched);
                     }
+                }
+                (ObjectKind::ServiceCidr, lowered) => {
+                    let cidr = match lowered {
+                        Some(Lowered::ServiceCidr(cidr)) => Some(cidr.clone()),
+                        _ => None,
+                    };
+                    changes.node |= self.index.set_service_cidr(&name, cidr);
                 }
                 (ObjectKind::Node | ObjectKind::File, _) => {}
             }

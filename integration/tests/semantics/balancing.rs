@@ -1,0 +1,118 @@
+//! Clients that get the same endpoint again: by affinity, and by a hash of their address.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use portcullis_integration::lab::{FAMILIES, eventually};
+use portcullis_integration::manifest::Endpoint;
+use portcullis_integration::traffic::Protocol;
+use serde_json::json;
+
+use super::{ELSEWHERE, HERE, NOTICE, PROTOCOLS, World, answers, exposed, servers, targets};
+
+#[test]
+fn clients_keep_their_endpoint() -> Result<()> {
+    let Some(world) = World::new(2)? else { return Ok(()) };
+    let lab = &world.lab;
+    let _servers = servers(lab)?;
+    let sticky = json!({ "sessionAffinity": "ClientIP" });
+    let mut manifest = exposed(20, lab, &sticky);
+    manifest.endpoints = lab.pods.iter().flat_map(Endpoint::of).collect();
+    manifest.endpoints.extend(Endpoint::elsewhere(lab));
+    manifest.write(&world.manifests)?;
+    let daemon = world.daemon(&[])?;
+
+    let clients = [&lab.allowed, &lab.refused, &lab.node];
+    let mut chosen = Vec::new();
+    for client in clients {
+        for to in targets(lab, &manifest, 20) {
+            for protocol in PROTOCOLS {
+                let by = answers(client, to, protocol, 12)?;
+                ensure!(by.len() == 1, "{} -> {to} {protocol:?}: {by:?}", client.name());
+                chosen.push((client, to, protocol, by));
+            }
+        }
+    }
+    let different: BTreeSet<_> = chosen.iter().flat_map(|(.., by)| by).collect();
+    ensure!(different.len() > 1, "everybody got {different:?}");
+
+    // Also after a restart of the daemon.
+    daemon.kill()?;
+    let _daemon = world.daemon(&[])?;
+    for (client, to, protocol, before) in &chosen {
+        let now = answers(client, *to, *protocol, 2)?;
+        ensure!(now == *before, "{} -> {to}: {now:?} after {before:?}", client.name());
+    }
+
+    // An endpoint that leaves is forgotten, and the others are not.
+    let (gone, stays) = (HERE[0], [HERE[1], ELSEWHERE]);
+    let leaving = FAMILIES.map(|family| lab.pods[0].address(family));
+    manifest.endpoints.retain(|endpoint| !leaving.contains(&endpoint.address));
+    manifest.write(&world.manifests)?;
+    for (client, to, protocol, before) in &chosen {
+        let moved = before.contains(gone);
+        let kept = |now: &BTreeSet<String>| if moved { !now.contains(gone) } else { now == before };
+        let settled = || answers(client, *to, *protocol, 3).is_ok_and(|now| kept(&now));
+        ensure!(
+            eventually(NOTICE, settled),
+            "{} -> {to} {protocol:?} after {before:?}",
+            client.name()
+        );
+        let now = answers(client, *to, *protocol, 6)?;
+        ensure!(now.len() == 1 && now.iter().all(|by| stays.contains(&by.as_str())), "{now:?}");
+    }
+
+    // And nobody is kept when the Service does not ask for it any more.
+    manifest.extra["spec"]["sessionAffinity"] = json!("None");
+    manifest.write(&world.manifests)?;
+    let to = targets(lab, &manifest, 20)[0];
+    let spread = || answers(&lab.allowed, to, Protocol::Tcp, 40).is_ok_and(|by| by.len() == 2);
+    ensure!(eventually(NOTICE, spread), "still kept");
+    Ok(())
+}
+
+#[test]
+fn clients_are_forgotten_in_time() -> Result<()> {
+    let Some(world) = World::new(2)? else { return Ok(()) };
+    let lab = &world.lab;
+    let _servers = servers(lab)?;
+    let manifest = exposed(
+        20,
+        lab,
+        &json!({
+            "sessionAffinity": "ClientIP",
+            "sessionAffinityConfig": { "clientIP": { "timeoutSeconds": 1 } },
+        }),
+    );
+    manifest.write(&world.manifests)?;
+    let _daemon = world.daemon(&[])?;
+    let to = targets(lab, &manifest, 20)[0];
+    let mut seen = BTreeSet::new();
+    // Each time by chance one of two: thirty times the same one in a billion tries.
+    let both = eventually(Duration::from_secs(60), || {
+        std::thread::sleep(Duration::from_millis(1200));
+        seen.extend(answers(&lab.allowed, to, Protocol::Tcp, 1).unwrap_or_default());
+        seen.len() == 2
+    });
+    ensure!(both, "always {seen:?}");
+    Ok(())
+}
+
+#[test]
+fn the_hash_of_a_client_chooses() -> Result<()> {
+    let Some(world) = World::new(2)? else { return Ok(()) };
+    let lab = &world.lab;
+    let _servers = servers(lab)?;
+    let mut manifest = exposed(20, lab, &json!({}));
+    manifest.extra["metadata"]["annotations"]["portcullis.dev/balancing"] = json!("source-hash");
+    manifest.write(&world.manifests)?;
+    let _daemon = world.daemon(&[])?;
+    for to in targets(lab, &manifest, 20) {
+        for client in [&lab.allowed, &lab.refused, &lab.node] {
+            let by = answers(client, to, Protocol::Tcp, 8)?;
+            ensure!(by.len() == 1, "{} -> {to}: {by:?}", client.name());
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,112 @@
+//! What depends on where a connection comes from: source ranges, and who is masqueraded.
+
+use anyhow::{Result, ensure};
+use portcullis_integration::lab::{FAMILIES, eventually};
+use portcullis_integration::manifest::Endpoint;
+use portcullis_integration::traffic::{Outcome, Probe, Protocol, Server, probe};
+use serde_json::json;
+
+use super::{
+    Case, DROPPED, HERE, NOTICE, Placement, Policy, TARGETS, Target, World, address, exposed,
+    servers,
+};
+
+#[test]
+fn source_ranges_guard_load_balancer_addresses() -> Result<()> {
+    let Some(world) = World::new(2)? else { return Ok(()) };
+    let lab = &world.lab;
+    let _servers = servers(lab)?;
+    let manifest = exposed(
+        20,
+        lab,
+        &json!({
+            "loadBalancerSourceRanges": ["192.0.2.0/24", "2001:db8:1::/64"],
+        }),
+    );
+    manifest.write(&world.manifests)?;
+    let _daemon = world.daemon(&[])?;
+    let case = Case {
+        internal: Policy::Cluster,
+        external: Policy::Cluster,
+        placement: Placement::Here,
+        number: 20,
+    };
+    for family in FAMILIES {
+        for target in TARGETS {
+            let to = address(lab, &manifest, case, target, family);
+            let guarded = target == Target::LoadBalancer;
+            ensure!(probe(&lab.allowed, to, Protocol::Tcp)?.by().is_some(), "allowed -> {to}");
+            for from in [&lab.refused, &lab.node, &lab.pods[0]] {
+                let outcome = Probe::new(to, Protocol::Tcp).timeout(DROPPED).run(from)?;
+                ensure!(
+                    outcome.by().is_none() == guarded,
+                    "{} -> {target:?} {to}: {outcome:?}",
+                    from.name(),
+                );
+            }
+        }
+    }
+    // The node may use the address if it may use any.
+    let manifest = exposed(
+        20,
+        lab,
+        &json!({
+            "loadBalancerSourceRanges": ["192.168.77.0/24", "fd00:77::/64"],
+        }),
+    );
+    manifest.write(&world.manifests)?;
+    for family in FAMILIES {
+        let to = address(lab, &manifest, case, Target::LoadBalancer, family);
+        let served = || probe(&lab.node, to, Protocol::Tcp).is_ok_and(|o| o.by().is_some());
+        ensure!(eventually(NOTICE, served), "node -> {to}");
+        let outcome = Probe::new(to, Protocol::Tcp).timeout(DROPPED).run(&lab.allowed)?;
+        ensure!(outcome == Outcome::TimedOut, "allowed -> {to}: {outcome:?}");
+    }
+    Ok(())
+}
+
+/// How pods are known, and who is masqueraded by that.
+#[test]
+fn who_is_masqueraded() -> Result<()> {
+    let Some(world) = World::new(2)? else { return Ok(()) };
+    let lab = &world.lab;
+    let _server = Server::start(&lab.pods[1], HERE[1], Protocol::Tcp, 8080)?;
+    let mut manifest = exposed(20, lab, &json!({}));
+    manifest.endpoints = Endpoint::of(&lab.pods[1]).to_vec();
+    manifest.write(&world.manifests)?;
+    let by_link = lab.node.run(&["ip", "-o", "link"])?;
+    let prefix = "pod";
+    ensure!(
+        by_link.contains(&format!(": {prefix}")),
+        "links of pods are called otherwise: {by_link}"
+    );
+    // Arguments, and whether a pod here and a client elsewhere keep their addresses.
+    let table: [(&[&str], [bool; 2]); 6] = [
+        (&[], [true, false]),
+        (&["--cluster-cidr", "10.244.0.0/16,fd00:10:244::/56"], [true, false]),
+        (&["--cluster-cidr", "192.0.2.0/24,2001:db8:1::/64"], [false, true]),
+        (&["--pod-interface-name-prefix", prefix], [true, false]),
+        (&["--masquerade-all"], [false, false]),
+        (&["--masquerade-all", "--pod-interface-name-prefix", prefix], [false, false]),
+    ];
+    for (arguments, expected) in table {
+        let daemon = world.daemon(arguments)?;
+        for (family, cluster_ip) in FAMILIES.into_iter().zip(&manifest.cluster_ips) {
+            let clients = [&lab.pods[0], &lab.allowed];
+            for (client, keeps) in clients.into_iter().zip(expected) {
+                // The logs of all daemons are in one file, so this one may not be ready yet.
+                let mut last = None;
+                let settled = eventually(NOTICE, || {
+                    let outcome = probe(client, (*cluster_ip, 80), Protocol::Tcp).ok();
+                    let source = outcome.as_ref().and_then(Outcome::seen_source);
+                    let same = source.map(|source| source.ip() == client.address(family));
+                    last = outcome;
+                    same == Some(keeps)
+                });
+                ensure!(settled, "{arguments:?}, {}: {last:?}", client.name());
+            }
+        }
+        daemon.terminate(NOTICE)?;
+    }
+    Ok(())
+}
