@@ -70,7 +70,7 @@ impl World {
     /// Gives the Service this firewall, and waits for what follows.
     fn commit(&mut self, sources: Sources) -> Result<()> {
         self.commit_only(sources)?;
-        self.worker().finish_revocations();
+        self.worker().finish_sweeps();
         Ok(())
     }
 
@@ -100,7 +100,7 @@ impl World {
             worker.is_ok()
         });
         self.worker = Some(worker?);
-        self.worker().finish_revocations();
+        self.worker().finish_sweeps();
         Ok(())
     }
 
@@ -366,7 +366,7 @@ fn who_is_let_in_again_is_not_disconnected() -> Result<()> {
             world.commit_only(Sources::Listed(WITHOUT_SECOND))?;
             world.commit_only(again)?;
             let mut flows = world.flows()?;
-            world.worker().finish_revocations();
+            world.worker().finish_sweeps();
             check(&mut flows, nobody).with_context(|| format!("{again:?}, round {round}"))?;
         }
     }

@@ -460,6 +460,7 @@ fn plan(
                 frontends: vec![service_ip, Frontend::NodePort { port: *node_port }],
                 backends: (1..=endpoints).map(backend).collect(),
                 local_backends: Vec::new(),
+                lasting: Vec::new(),
                 any: endpoints > 0,
                 internal_traffic: TrafficPolicy::Cluster,
                 external_traffic: TrafficPolicy::Cluster,

@@ -93,7 +93,7 @@ async fn once(
     reporter.node(index.context());
     let adoption =
         worker.adopt(index.context(), index.plans().collect()).map_err(explain_commit)?;
-    worker.finish_revocations();
+    worker.finish_sweeps();
     print(&summary(&index, adoption))?;
     let errors = reporter.diagnostics().iter().any(|d| d.severity == Severity::Error);
     Ok(Verdict::found(errors || worker.has_refused()))

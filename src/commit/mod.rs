@@ -10,10 +10,12 @@ mod adopt;
 mod affinity;
 mod applied;
 mod blame;
+mod flows;
 #[cfg(test)]
 mod laws;
 mod listing;
 mod revoke;
+mod stale;
 mod worker;
 
 use std::sync::Arc;
@@ -194,8 +196,8 @@ fn run(mut worker: Worker, queue: &mpsc::Receiver<Request>) {
         }
         commit(&mut worker, &mut changes, &mut waiting);
     }
-    // A daemon that ends owes what it revoked: the next one finds nothing to write.
-    worker.finish_revocations();
+    // A daemon that ends owes what it began: the next one finds nothing to write.
+    worker.finish_sweeps();
 }
 
 type Waiting = Vec<(Subject, oneshot::Sender<Result<(), CommitError>>)>;

@@ -6,16 +6,14 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Instant;
 
-use ipnet::IpNet;
-
 use super::adopt::{Found, lay_out};
 use super::affinity::Review;
 use super::applied::{Applied, Step};
 use super::blame::{
     Split, is_about_layout, is_denied, is_passing, is_surprise, is_unknown_flag, split,
 };
+use super::flows::{Suspects, Sweeper};
 use super::listing;
-use super::revoke::{self, Revocation, Revoker};
 use super::{Adoption, Change, CommitError, Report, Totals};
 use crate::model::NodeContext;
 use crate::netlink::{Batch, Error, Socket, TableFlags};
@@ -57,7 +55,7 @@ pub struct Worker {
     /// Subjects whose last commit the kernel refused: what it holds of them is older than what is
     /// desired. They are tried again with their next change or [`Worker::retry_refused`].
     refused: Refused,
-    revoker: Revoker,
+    sweeper: Sweeper,
     totals: Totals,
     report: Box<dyn FnMut(Report) + Send>,
 }
@@ -84,7 +82,7 @@ impl Worker {
             stale: false,
             listed: None,
             refused: Refused::new(),
-            revoker: Revoker::start(),
+            sweeper: Sweeper::start(),
             totals: Totals::default(),
             report: Box::new(report),
         })
@@ -176,9 +174,9 @@ impl Worker {
         self.socket.generation().is_ok_and(|now| now != then.wrapping_add(ours))
     }
 
-    /// Waits until the connections of revoked sources are deleted.
-    pub fn finish_revocations(&self) {
-        self.revoker.finish();
+    /// Waits until the connections are deleted that may not go on.
+    pub fn finish_sweeps(&self) {
+        self.sweeper.finish();
     }
 
     fn commit_subjects(&mut self, subjects: &BTreeSet<Subject>) -> Refused {
@@ -208,7 +206,7 @@ impl Worker {
         };
         let (again, first): (Vec<&Subject>, Vec<&Subject>) =
             subjects.iter().partition(|subject| known(subject));
-        let (mut refused, mut revoked) = (Refused::new(), Vec::new());
+        let (mut refused, mut suspects) = (Refused::new(), Suspects::default());
         for (part, on_surprise) in [(first, Surprise::Resync), (again, Surprise::Refuse)] {
             let targets = part.into_iter().map(|subject| {
                 let contribution = self.target(subject, |pool| {
@@ -218,9 +216,9 @@ impl Worker {
                 (subject.clone(), contribution)
             });
             let targets = targets.collect();
-            self.commit_targets(targets, &mut refused, &mut revoked, on_surprise);
+            self.commit_targets(targets, &mut refused, &mut suspects, on_surprise);
         }
-        self.revoker.sweep(revoked, self.node_addresses());
+        self.sweeper.sweep(suspects);
         refused.retain(|subject, _| subjects.contains(subject));
         refused
     }
@@ -269,7 +267,7 @@ impl Worker {
         &mut self,
         targets: Vec<Target>,
         refused: &mut Refused,
-        revoked: &mut Vec<Revocation>,
+        suspects: &mut Suspects,
         on_surprise: Surprise,
     ) {
         // Every part that fails becomes smaller parts, so this ends.
@@ -279,7 +277,7 @@ impl Worker {
             let step = self.applied.stage(targets, &mut batch);
             let result = if batch.operations() == 0 { Ok(()) } else { self.send(batch) };
             let Err(error) = result else {
-                self.install(step, revoked);
+                self.install(step, suspects);
                 continue;
             };
             // Who may change it may have changed it.
@@ -309,17 +307,17 @@ impl Worker {
         }
     }
 
-    fn install(&mut self, step: Step, revoked: &mut Vec<Revocation>) {
+    fn install(&mut self, step: Step, suspects: &mut Suspects) {
         let mut review = Review::default();
         for (subject, next) in step.changes() {
             review.note(self.applied.contribution(subject), next.as_ref());
         }
         self.forget(&review);
         for (subject, next) in step.changes() {
-            revoked.extend(revoke::revocations(self.applied.contribution(subject), next.as_ref()));
+            suspects.note(self.applied.contribution(subject), next.as_ref());
         }
         let changes = step.changes();
-        self.revoker.settle(
+        self.sweeper.settle(
             changes.iter().filter_map(|(subject, _)| self.applied.contribution(subject)),
             changes.iter().filter_map(|(_, next)| next.as_ref()),
         );
@@ -466,9 +464,13 @@ impl Worker {
             return Err((error, targets));
         }
         let come = targets.iter().filter_map(|(_, contribution)| contribution.as_ref());
-        self.revoker.settle(self.applied.contributions(), come);
-        // Whatever there was to write: a daemon that was killed may have left open what it revoked.
-        self.revoker.sweep(all_restrictions(&targets).collect(), self.node_addresses());
+        self.sweeper.settle(self.applied.contributions(), come);
+        // Whatever there was to write: a daemon that was killed may have left what must not go on.
+        let mut suspects = Suspects::default();
+        for (_, contribution) in &targets {
+            suspects.note(None, contribution.as_ref());
+        }
+        self.sweeper.sweep(suspects);
         let mut review = Review::default();
         for (_, contribution) in &targets {
             review.note(None, contribution.as_ref());
@@ -509,11 +511,11 @@ impl Worker {
         parts: impl IntoIterator<Item = Vec<Target>>,
     ) -> Adoption {
         let before = self.totals.operations;
-        let (mut refused, mut revoked) = (Refused::new(), Vec::new());
+        let (mut refused, mut suspects) = (Refused::new(), Suspects::default());
         for part in parts {
-            self.commit_targets(part, &mut refused, &mut revoked, Surprise::Refuse);
+            self.commit_targets(part, &mut refused, &mut suspects, Surprise::Refuse);
         }
-        self.revoker.sweep(revoked, self.node_addresses());
+        self.sweeper.sweep(suspects);
         self.refused.extend(refused);
         let operations = adoption.operations + self.totals.operations - before;
         Adoption { operations, ..adoption }
@@ -532,13 +534,6 @@ impl Worker {
         Ok(())
     }
 
-    fn node_addresses(&self) -> Vec<IpNet> {
-        match &self.node {
-            Contribution::Node(node) => node.nodeport_cidrs.clone(),
-            Contribution::Service { .. } => unreachable!("the node's contribution"),
-        }
-    }
-
     fn report(&mut self, subject: &Subject) {
         let diagnostics = match subject {
             Subject::Node => Vec::new(),
@@ -551,12 +546,6 @@ impl Worker {
         let refused = self.refused.get(subject).cloned();
         (self.report)(Report { subject: subject.clone(), refused, diagnostics });
     }
-}
-
-/// What `targets` forbid, where it is not known what was allowed before.
-fn all_restrictions(targets: &[Target]) -> impl Iterator<Item = Revocation> {
-    let plans = targets.iter().filter_map(|(_, contribution)| contribution.as_ref()?.plan());
-    plans.filter_map(|plan| plan.firewall.as_ref()).flat_map(revoke::all)
 }
 
 /// What to do when the table is not as it was left.

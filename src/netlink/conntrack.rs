@@ -39,6 +39,8 @@ pub struct Flow {
     pub destination: IpAddr,
     /// The port that it went to, before any translation.
     pub destination_port: u16,
+    /// Where answers come from: whom it was led to.
+    pub answering: (IpAddr, u16),
     /// Whether its destination was translated (`IPS_DST_NAT`).
     pub translated: bool,
     /// What identifies it to the kernel.
@@ -112,6 +114,7 @@ fn flow(kind: u16, payload: &[u8]) -> Option<Flow> {
         source: IpAddr::from([0; 4]),
         destination: IpAddr::from([0; 4]),
         destination_port: 0,
+        answering: (IpAddr::from([0; 4]), 0),
         translated: false,
         identity: Vec::new(),
     };
@@ -122,6 +125,9 @@ fn flow(kind: u16, payload: &[u8]) -> Option<Flow> {
                     flow.read(tuple);
                 }
                 flow.identity.push(attribute);
+            }
+            ConntrackAttribute::CtaTupleReply(tuples) => {
+                flow.answering = source(tuples);
             }
             ConntrackAttribute::CtaStatus(status) => {
                 flow.translated = status.contains(Status::DstNat);
@@ -136,6 +142,31 @@ fn flow(kind: u16, payload: &[u8]) -> Option<Flow> {
         }
     }
     (!flow.identity.is_empty()).then_some(flow)
+}
+
+/// Where the packets of a direction come from.
+fn source(tuples: &[Tuple]) -> (IpAddr, u16) {
+    let mut source = (IpAddr::from([0; 4]), 0);
+    for tuple in tuples {
+        match tuple {
+            Tuple::Ip(addresses) => {
+                for address in addresses {
+                    if let IPTuple::SourceAddress(address) = address {
+                        source.0 = *address;
+                    }
+                }
+            }
+            Tuple::Proto(ports) => {
+                for port in ports {
+                    if let ProtoTuple::SourcePort(port) = port {
+                        source.1 = *port;
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    source
 }
 
 impl Flow {

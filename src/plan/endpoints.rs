@@ -14,6 +14,8 @@ pub(super) struct Serving {
     pub cluster: Vec<Backend>,
     /// For the policy `Local`: this node's. Empty if not asked for.
     pub local: Vec<Backend>,
+    /// Whoever is ready, or terminates and still serves, on whatever node.
+    pub lasting: Vec<Backend>,
     /// Whether any endpoint could serve, on whatever node.
     pub any: bool,
     /// The addresses of those on this node, sorted.
@@ -66,7 +68,8 @@ pub(super) fn serving(
             serving.local = choose(&|known| leaving(known) && known.here);
         }
     }
-    serving.any = known.values().any(|known| ready(known) || leaving(known));
+    serving.lasting = choose(&|known| ready(known) || leaving(known));
+    serving.any = !serving.lasting.is_empty();
     let lists = serving.cluster.iter().chain(&serving.local);
     let here = lists.filter(|backend| known[backend].here).map(|backend| backend.address);
     serving.here = here.collect();

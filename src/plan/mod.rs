@@ -69,6 +69,9 @@ pub struct Pool {
     /// Who serves where the policy is `Local`; sorted, without duplicates. Empty if no frontend has
     /// that policy.
     pub local_backends: Vec<Backend>,
+    /// Who may keep the flows that it has, though new ones may go to others: everyone who is ready,
+    /// or terminates and still serves. Sorted; empty for TCP, where nobody asks.
+    pub lasting: Vec<Backend>,
     /// Whether any endpoint, here or elsewhere, could serve; then connections that find none are
     /// dropped rather than rejected, because they may find one on another node.
     pub any: bool,

@@ -8,7 +8,7 @@ use super::{
     Sources,
 };
 use crate::model::{
-    CidrSet, EndpointSlice, Family, NodeContext, Service, ServicePort, SourceRestriction,
+    CidrSet, EndpointSlice, Family, NodeContext, Protocol, Service, ServicePort, SourceRestriction,
     TrafficPolicy,
 };
 
@@ -84,6 +84,7 @@ fn pool(
         frontends,
         backends: serving.cluster,
         local_backends: serving.local,
+        lasting: if port.protocol == Protocol::Tcp { Vec::new() } else { serving.lasting },
         any: serving.any,
         internal_traffic: service.internal_traffic,
         external_traffic: service.external_traffic,

@@ -3,6 +3,7 @@
 
 mod balancing;
 mod endpoints;
+mod flows;
 mod service_network;
 mod sources;
 
