@@ -7,6 +7,10 @@
 
 pub mod audit;
 pub mod commit;
+pub mod conflicts;
+pub mod health;
+pub mod host;
+pub mod metrics;
 pub mod model;
 pub mod netlink;
 pub mod plan;

@@ -4,8 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
+use tokio::sync::{broadcast, watch};
+
 use crate::commit::{Adoption, CommitError, Report};
-use crate::model::{Diagnostic, NodeContext, ObjectKind, ObjectRef, Severity};
+use crate::model::{Diagnostic, NodeContext, ObjectKind, ObjectRef, ServiceName, Severity};
 use crate::ruleset::Subject;
 
 /// Hears what becomes of each object. Cheap to clone; all clones are one.
@@ -17,20 +19,52 @@ pub struct Reporter {
     node_name: Arc<str>,
     found: Arc<Mutex<BTreeMap<Origin, BTreeSet<Diagnostic>>>>,
     adoption: Arc<OnceLock<Adoption>>,
+    node: watch::Sender<Option<Arc<NodeContext>>>,
+    local: broadcast::Sender<Local>,
 }
+
+/// Something that is wrong with a Service on this node alone.
+#[derive(Clone, Debug)]
+pub struct Local {
+    /// The Service.
+    pub service: ServiceName,
+    /// One word for it, in the style of Kubernetes' Events.
+    pub reason: &'static str,
+    /// What it is.
+    pub diagnostic: Diagnostic,
+}
+
+/// How many of them wait for whoever watches.
+const MOST_LOCAL: usize = 256;
 
 /// Who says so: a later word of the same origin replaces an earlier one.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Origin {
     Commit(Subject),
+    Conflict(ServiceName),
+    HealthCheck(ServiceName),
     Node,
     Manifests,
+}
+
+impl Origin {
+    /// The Service and a word for it, where it is about this node alone.
+    fn local(&self) -> Option<(&ServiceName, &'static str)> {
+        match self {
+            Origin::Conflict(service) => Some((service, "NodePortInUse")),
+            // As kube-proxy calls it.
+            Origin::HealthCheck(service) => Some((service, "FailedToStartServiceHealthcheck")),
+            Origin::Commit(_) | Origin::Node | Origin::Manifests => None,
+        }
+    }
 }
 
 impl Reporter {
     /// A reporter that has heard nothing yet, on the node of this name.
     pub fn new(node_name: Arc<str>) -> Reporter {
-        Reporter { node_name, found: Arc::default(), adoption: Arc::default() }
+        let (node, _) = watch::channel(None);
+        let (local, _) = broadcast::channel(MOST_LOCAL);
+        Reporter { node_name, found: Arc::default(), adoption: Arc::default(), node, local }
     }
 
     /// Takes that the kernel holds for the first time what it should.
@@ -47,16 +81,46 @@ impl Reporter {
     }
 
     /// Takes what became of a subject when it was committed.
-    pub fn commit(&self, report: Report) {
-        let Report { subject, refused, diagnostics } = report;
-        let mut found = BTreeSet::from_iter(diagnostics);
-        found.extend(refused.map(|error| self.refusal(&subject, &error)));
-        self.replace(Origin::Commit(subject), found);
+    pub fn commit(&self, report: &Report) {
+        let Report { subject, refused, plan } = report;
+        let diagnostics = plan.iter().flat_map(|plan| plan.diagnostics.iter().cloned());
+        let mut found: BTreeSet<Diagnostic> = diagnostics.collect();
+        found.extend(refused.as_ref().map(|error| self.refusal(subject, error)));
+        self.replace(Origin::Commit(subject.clone()), found);
     }
 
     /// Takes what is wrong with the node and the `ServiceCIDR`s.
     pub fn node(&self, node: &NodeContext) {
         self.replace(Origin::Node, node.diagnostics().cloned().collect());
+        self.node.send_replace(Some(Arc::new(node.clone())));
+    }
+
+    /// What is known of the node; `None` while nothing is.
+    pub fn node_context(&self) -> Option<Arc<NodeContext>> {
+        self.node.borrow().clone()
+    }
+
+    /// Tells when something else is known of the node.
+    pub fn watch_node(&self) -> watch::Receiver<Option<Arc<NodeContext>>> {
+        let mut node = self.node.subscribe();
+        node.mark_changed();
+        node
+    }
+
+    /// Takes what is wrong with a Service's health check on this node.
+    pub fn health_check(&self, service: &ServiceName, problem: Option<Diagnostic>) {
+        self.replace(Origin::HealthCheck(service.clone()), problem.into_iter().collect());
+    }
+
+    /// Takes which processes of this node listen on a Service's node ports.
+    pub fn conflict(&self, service: &ServiceName, problems: Vec<Diagnostic>) {
+        self.replace(Origin::Conflict(service.clone()), problems.into_iter().collect());
+    }
+
+    /// Tells of what is wrong with Services on this node alone, as it appears. What was found before
+    /// is not told, nor what nobody takes in time.
+    pub fn watch_local(&self) -> broadcast::Receiver<Local> {
+        self.local.subscribe()
     }
 
     /// Takes everything that is wrong with manifest files.
@@ -75,6 +139,13 @@ impl Reporter {
         let mut found = self.found();
         let before = found.remove(&origin).unwrap_or_default();
         let (appeared, resolved) = news(&before, &now);
+        if let Some((service, reason)) = origin.local() {
+            for diagnostic in &appeared {
+                let (service, diagnostic) = (service.clone(), Diagnostic::clone(diagnostic));
+                // Nobody may watch.
+                let _ = self.local.send(Local { service, reason, diagnostic });
+            }
+        }
         appeared.into_iter().for_each(log_appeared);
         resolved.into_iter().for_each(log_resolved);
         if !now.is_empty() {
@@ -146,8 +217,6 @@ mod tests {
     use std::io;
 
     use super::*;
-    use crate::model::ServiceName;
-
     fn finding(field: &str, message: &str) -> Diagnostic {
         let (namespace, name) = ("shop".into(), "web".into());
         Diagnostic {
@@ -160,7 +229,12 @@ mod tests {
 
     fn report(diagnostics: &[Diagnostic], refused: Option<CommitError>) -> Report {
         let subject = Subject::Service(ServiceName::new("shop", "web"));
-        Report { subject, refused, diagnostics: diagnostics.to_vec() }
+        let service = crate::model::Service {
+            diagnostics: diagnostics.to_vec(),
+            ..crate::model::Service::new(ServiceName::new("shop", "web"))
+        };
+        let plan = crate::plan::plan_service(&service, [], &NodeContext::new("worker".into()));
+        Report { subject, refused, plan: Some(Arc::new(plan)) }
     }
 
     /// What is logged while `f` runs: level, message, field and problem.
@@ -205,7 +279,7 @@ mod tests {
             (vec![], vec!["INFO a problem of an object is resolved: b: 1"]),
             (vec![], vec![]),
         ] {
-            let lines = logged(|| reporter.commit(report(&now, None)));
+            let lines = logged(|| reporter.commit(&report(&now, None)));
             assert_eq!(lines, expected, "{now:?}");
             assert_eq!(reporter.diagnostics(), now);
         }
@@ -217,12 +291,12 @@ mod tests {
         let reporter = Reporter::new("worker".into());
         let cause = io::Error::other("no buffer space");
         let refused = CommitError::Kernel(Arc::new(crate::netlink::Error::Send(cause)));
-        let lines = logged(|| reporter.commit(report(&[], Some(refused))));
+        let lines = logged(|| reporter.commit(&report(&[], Some(refused))));
         assert_eq!(lines.len(), 1);
         assert!(lines[0].starts_with("ERROR part of an object is not in force: : cannot be"));
         assert!(lines[0].contains("no buffer space"), "{lines:?}");
         assert_eq!(reporter.diagnostics()[0].severity, Severity::Error);
-        let lines = logged(|| reporter.commit(report(&[], None)));
+        let lines = logged(|| reporter.commit(&report(&[], None)));
         assert!(lines[0].starts_with("INFO a problem of an object is resolved"), "{lines:?}");
         assert_eq!(reporter.diagnostics(), []);
     }
@@ -241,7 +315,7 @@ mod tests {
     fn origins_do_not_replace_each_other() {
         let reporter = Reporter::new("worker".into());
         let (a, b, c) = (finding("a", "1"), finding("b", "1"), finding("c", "1"));
-        reporter.commit(report(std::slice::from_ref(&b), None));
+        reporter.commit(&report(std::slice::from_ref(&b), None));
         reporter.manifests(vec![c.clone(), a.clone()]);
         let mut node = NodeContext::new("worker".into());
         node.node.diagnostics.push(a.clone());

@@ -471,6 +471,7 @@ fn plan(
         }
     }
     ServicePlan {
+        health_check: None,
         seniority: Seniority { created: number.into(), service: ServiceName::new("shop", name) },
         cluster_ips: families.iter().map(|family| service_ip(*family)).collect(),
         pools,

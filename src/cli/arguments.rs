@@ -1,5 +1,6 @@
 //! The flags, as they are typed. What they mean is said by the commands.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -64,7 +65,17 @@ pub struct RunOptions {
     /// Program what the source holds now, print a summary and exit; the rules stay in force.
     #[arg(long)]
     pub once: bool,
+    /// Where to answer /healthz, /livez and /readyz; empty for nowhere.
+    #[arg(long, value_name = "IP:PORT", default_value = "0.0.0.0:10256", value_parser = bind)]
+    pub healthz_bind_address: Bind,
+    /// Where to answer /metrics; empty for nowhere.
+    #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:10249", value_parser = bind)]
+    pub metrics_bind_address: Bind,
 }
+
+/// Where to listen, if anywhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bind(pub Option<SocketAddr>);
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -163,6 +174,13 @@ pub enum Output {
     Text,
     /// For programs.
     Json,
+}
+
+fn bind(text: &str) -> Result<Bind, String> {
+    if text.is_empty() {
+        return Ok(Bind(None));
+    }
+    text.parse().map(|address| Bind(Some(address))).map_err(|_| "not an IP:PORT".to_owned())
 }
 
 /// The name of an interface, or how one begins (`IFNAMSIZ`, `dev_valid_name` of the kernel).

@@ -1,15 +1,20 @@
 //! `portcullis run`
 
+use std::thread::JoinHandle;
+
 use anyhow::Context;
+use axum::Router;
 use portcullis::commit::{Adoption, Committer, Worker};
+use portcullis::health::{self, Health, server};
+use portcullis::metrics::Metrics;
 use portcullis::model::Severity;
 use portcullis::report::Reporter;
 use portcullis::watch::{Index, Options, cluster, manifests};
-use portcullis::{refused, ruleset};
+use portcullis::{conflicts, refused, ruleset};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
-use super::arguments::RunOptions;
+use super::arguments::{Bind, RunOptions};
 use super::kernel::{explain_commit, open_worker};
 use super::source::{Source, open, options};
 use super::{Verdict, print};
@@ -17,8 +22,14 @@ use super::{Verdict, print};
 pub fn run(arguments: &RunOptions) -> anyhow::Result<Verdict> {
     let options = options(&arguments.node)?;
     let reporter = Reporter::new(options.node_name.clone());
-    let reports = reporter.clone();
-    let worker = open_worker(move |report| reports.commit(report))?;
+    let (checks, asked) = health::services::checks();
+    let (served, listeners) = conflicts::served();
+    let (reports, seen) = (reporter.clone(), served.clone());
+    let worker = open_worker(move |report| {
+        reports.commit(&report);
+        checks.commit(&report);
+        seen.commit(&report);
+    })?;
     // The work is in the committing thread; this only waits for events.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -30,21 +41,40 @@ pub fn run(arguments: &RunOptions) -> anyhow::Result<Verdict> {
         if arguments.once {
             once(source, &options, worker, &reporter).await
         } else {
-            follow(source, options, worker, reporter).await
+            let (committer, thread) = Committer::start(worker);
+            let health = Health::new(committer.pulse(), reporter.clone());
+            let metrics = Metrics { pulse: committer.pulse(), reporter: reporter.clone(), served };
+            listen("health checks", arguments.healthz_bind_address, server::routes(&health));
+            listen("metrics", arguments.metrics_bind_address, metrics.routes());
+            tokio::spawn(health::services::serve(asked, health, reporter.clone()));
+            tokio::spawn(conflicts::watch(listeners, reporter.clone()));
+            if let Source::Cluster(client) = &source {
+                let (client, name) = (client.clone(), options.node_name.clone());
+                let reporter = reporter.clone();
+                tokio::spawn(async move { cluster::publish(client, &name, &reporter).await });
+            }
+            follow(source, options, committer, thread, reporter).await
         }
     })
+}
+
+/// Answers at an address, if there is one, for as long as the process runs.
+fn listen(what: &'static str, Bind(address): Bind, routes: Router) {
+    if let Some(address) = address {
+        tokio::spawn(server::serve(what, address, routes));
+    }
 }
 
 /// Programs the node and keeps it so until a signal ends the process. The rules stay in force.
 async fn follow(
     source: Source,
     options: Options,
-    worker: Worker,
+    committer: Committer,
+    thread: JoinHandle<()>,
     reporter: Reporter,
 ) -> anyhow::Result<Verdict> {
     let shutdown = shutdown().context("cannot wait for signals")?;
     refused::log_in_background(ruleset::REFUSED_LOG_GROUP);
-    let (committer, thread) = Committer::start(worker);
     tracing::info!(version = env!("CARGO_PKG_VERSION"), node = &*options.node_name, "starting");
     match source {
         Source::Manifests(directory) => {

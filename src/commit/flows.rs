@@ -9,7 +9,6 @@
 //! is in force at that moment.
 
 use std::collections::HashSet;
-use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::Duration;
 
@@ -17,6 +16,7 @@ use ipnet::IpNet;
 
 use super::revoke::{Guarded, Revocation};
 use super::stale::{Destination, Served};
+use crate::host::own_addresses;
 use crate::model::Family;
 use crate::netlink::{Error, Flow, Socket};
 use crate::ruleset::Contribution;
@@ -222,15 +222,4 @@ fn sweep(suspects: &Suspects, in_force: &Mutex<InForce>) -> Result<Deleted, Erro
         }
     }
     failed.map_or(Ok(deleted), Err)
-}
-
-fn own_addresses() -> HashSet<IpAddr> {
-    let interfaces = nix::ifaddrs::getifaddrs().into_iter().flatten();
-    interfaces
-        .filter_map(|interface| {
-            let address = interface.address?;
-            let v4 = address.as_sockaddr_in().map(|address| IpAddr::V4(address.ip()));
-            v4.or_else(|| address.as_sockaddr_in6().map(|address| IpAddr::V6(address.ip())))
-        })
-        .collect()
 }

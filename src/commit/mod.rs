@@ -14,6 +14,7 @@ mod flows;
 #[cfg(test)]
 mod laws;
 mod listing;
+mod pulse;
 mod revoke;
 mod stale;
 mod worker;
@@ -26,12 +27,13 @@ use std::time::Duration;
 use thiserror::Error;
 use tokio::sync::oneshot;
 
-use crate::model::{Diagnostic, NodeContext, ServiceName};
+use crate::model::{NodeContext, ServiceName};
 use crate::netlink;
 use crate::plan::ServicePlan;
 use crate::ruleset::Subject;
 
 pub use applied::Applied;
+pub use pulse::Pulse;
 pub use worker::Worker;
 
 /// A change that waits to be committed.
@@ -60,8 +62,8 @@ pub struct Report {
     pub subject: Subject,
     /// Why the kernel refused it; `None` if it is in force.
     pub refused: Option<CommitError>,
-    /// What is wrong with it, apart from that.
-    pub diagnostics: Vec<Diagnostic>,
+    /// What is to be in force for it, if it is a Service: without what another one has.
+    pub plan: Option<Arc<ServicePlan>>,
 }
 
 /// What the first commit did.
@@ -105,6 +107,7 @@ pub enum CommitError {
 #[derive(Clone, Debug)]
 pub struct Committer {
     requests: mpsc::Sender<Request>,
+    pulse: Pulse,
 }
 
 /// What the thread is asked to do.
@@ -120,9 +123,17 @@ impl Committer {
     /// Starts the thread on `worker`. It ends when the last handle is dropped.
     pub fn start(worker: Worker) -> (Committer, JoinHandle<()>) {
         let (requests, queue) = mpsc::channel();
+        let pulse = Pulse::default();
+        let beats = pulse.clone();
         let thread = std::thread::Builder::new().name("committer".to_owned());
-        let thread = thread.spawn(move || run(worker, &queue)).expect("a thread can be started");
-        (Committer { requests }, thread)
+        let thread = thread.spawn(move || run(worker, &queue, &beats));
+        let thread = thread.expect("a thread can be started");
+        (Committer { requests, pulse }, thread)
+    }
+
+    /// Tells whether the thread keeps up.
+    pub fn pulse(&self) -> Pulse {
+        self.pulse.clone()
     }
 
     /// The first commit: makes the kernel hold exactly what these plans ask for, whatever it holds
@@ -156,12 +167,17 @@ impl Committer {
     /// Tries once more what the kernel refused before.
     pub fn retry_refused(&self) {
         // A thread that has ended has nothing to retry.
-        let _ = self.requests.send(Request::RetryRefused);
+        let _ = self.send(Request::RetryRefused);
     }
 
     /// Takes the table over anew if somebody else has changed it; see [`Worker::look_after`].
     pub fn look_after(&self) {
-        let _ = self.requests.send(Request::LookAfter);
+        let _ = self.send(Request::LookAfter);
+    }
+
+    fn send(&self, request: Request) -> Result<(), CommitError> {
+        self.pulse.asked();
+        self.requests.send(request).map_err(|_| CommitError::Ended)
     }
 
     fn ask<T>(
@@ -169,7 +185,7 @@ impl Committer {
         request: impl FnOnce(oneshot::Sender<T>) -> Request,
     ) -> Result<oneshot::Receiver<T>, CommitError> {
         let (reply, answer) = oneshot::channel();
-        self.requests.send(request(reply)).map_err(|_| CommitError::Ended)?;
+        self.send(request(reply))?;
         Ok(answer)
     }
 }
@@ -178,11 +194,13 @@ async fn answered<T>(asked: Result<oneshot::Receiver<T>, CommitError>) -> Result
     asked?.await.map_err(|_| CommitError::Ended)
 }
 
-fn run(mut worker: Worker, queue: &mpsc::Receiver<Request>) {
+fn run(mut worker: Worker, queue: &mpsc::Receiver<Request>, pulse: &Pulse) {
     while let Ok(first) = queue.recv() {
         let mut waiting = Vec::new();
         let mut changes = Vec::new();
+        let mut requests = 0;
         for request in std::iter::once(first).chain(queue.try_iter()) {
+            requests += 1;
             match request {
                 Request::Change(change, reply) => {
                     waiting.push((change.subject(), reply));
@@ -195,6 +213,7 @@ fn run(mut worker: Worker, queue: &mpsc::Receiver<Request>) {
             }
         }
         commit(&mut worker, &mut changes, &mut waiting);
+        pulse.done(requests, worker.is_stale(), worker.totals());
     }
     // A daemon that ends owes what it began: the next one finds nothing to write.
     worker.finish_sweeps();

@@ -106,6 +106,11 @@ impl Worker {
         !self.refused.is_empty()
     }
 
+    /// Whether the kernel's table is not known to be what it should be.
+    pub fn is_stale(&self) -> bool {
+        self.stale
+    }
+
     /// What all transactions have cost so far.
     pub fn totals(&self) -> Totals {
         self.totals
@@ -535,16 +540,12 @@ impl Worker {
     }
 
     fn report(&mut self, subject: &Subject) {
-        let diagnostics = match subject {
-            Subject::Node => Vec::new(),
-            Subject::Service(service) => self
-                .desired
-                .effective(service)
-                .map(|plan| plan.diagnostics.clone())
-                .unwrap_or_default(),
+        let plan = match subject {
+            Subject::Node => None,
+            Subject::Service(service) => self.desired.effective(service),
         };
         let refused = self.refused.get(subject).cloned();
-        (self.report)(Report { subject: subject.clone(), refused, diagnostics });
+        (self.report)(Report { subject: subject.clone(), refused, plan });
     }
 }
 

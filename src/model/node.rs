@@ -15,6 +15,9 @@ pub struct Node {
     pub primary_addresses: Vec<IpAddr>,
     /// The label `topology.kubernetes.io/zone`.
     pub zone: Option<Arc<str>>,
+    /// Whether it is going: it is being deleted, or the cluster autoscaler is about to remove it.
+    /// Load balancers should send nothing new here.
+    pub leaving: bool,
     /// `spec.podCIDRs`: the addresses of the pods here.
     pub pod_cidrs: Vec<IpNet>,
     /// What was wrong with the object.

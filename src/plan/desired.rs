@@ -3,8 +3,8 @@
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
-use super::{Claim, Frontend, Pool, ServicePlan};
-use crate::model::{Diagnostic, ObjectKind, ObjectRef, Seniority, ServiceName, Severity};
+use super::{Claim, Frontend, HealthCheck, Pool, ServicePlan};
+use crate::model::{Diagnostic, ObjectKind, ObjectRef, Protocol, Seniority, ServiceName, Severity};
 
 /// The plans of all Services.
 ///
@@ -172,7 +172,15 @@ impl Desired {
                         plan.firewall = None;
                     }
                 }
-                ("spec.ports[].nodePort", format!("{protocol} node port {lost}"))
+                let is_check =
+                    |check: &HealthCheck| (Protocol::Tcp, check.port) == (protocol, lost);
+                let field = if plan.health_check.as_ref().is_some_and(is_check) {
+                    plan.health_check = None;
+                    "spec.healthCheckNodePort"
+                } else {
+                    "spec.ports[].nodePort"
+                };
+                (field, format!("{protocol} node port {lost}"))
             }
         };
         let older = if over_external { "" } else { "older " };
@@ -211,7 +219,7 @@ fn conflict(plan: &ServicePlan, field: String, message: String) -> Diagnostic {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{NodeContext, Protocol, Service, ServicePort};
+    use crate::model::{NodeContext, Service, ServicePort};
     use crate::plan::plan_service;
 
     /// A Service of one port, 80.

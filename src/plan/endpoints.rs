@@ -1,6 +1,6 @@
 //! Which endpoints of a Service port serve.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use crate::model::{
@@ -20,6 +20,8 @@ pub(super) struct Serving {
     pub any: bool,
     /// The addresses of those on this node, sorted.
     pub here: Vec<IpAddr>,
+    /// The addresses of endpoints on this node that are ready.
+    pub ready_here: BTreeSet<IpAddr>,
 }
 
 /// Which lists are asked for.
@@ -70,6 +72,8 @@ pub(super) fn serving(
     }
     serving.lasting = choose(&|known| ready(known) || leaving(known));
     serving.any = !serving.lasting.is_empty();
+    let ready_here = known.iter().filter(|(_, known)| ready(known) && known.here);
+    serving.ready_here = ready_here.map(|(backend, _)| backend.address).collect();
     let lists = serving.cluster.iter().chain(&serving.local);
     let here = lists.filter(|backend| known[backend].here).map(|backend| backend.address);
     serving.here = here.collect();

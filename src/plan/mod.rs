@@ -8,6 +8,7 @@ mod desired;
 mod endpoints;
 mod service;
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::num::NonZeroU32;
 use std::sync::Arc;
@@ -33,6 +34,8 @@ pub struct ServicePlan {
     pub firewall: Option<Firewall>,
     /// The firewall of the Service's load-balancer addresses; `None` where everyone may reach them.
     pub load_balancer_firewall: Option<LoadBalancerFirewall>,
+    /// What load balancers are told of the Service's endpoints here; `None` where they do not ask.
+    pub health_check: Option<HealthCheck>,
     /// What is wrong with the Service or its slices.
     pub diagnostics: Vec<Diagnostic>,
 }
@@ -49,8 +52,21 @@ impl ServicePlan {
         let frontends = self.pools.iter().flat_map(|pool| {
             pool.frontends.iter().map(|frontend| Claim::of(frontend, pool.protocol))
         });
-        addresses.chain(frontends)
+        // A port of the node as any other.
+        let health_check =
+            self.health_check.iter().map(|check| Claim::NodePort(Protocol::Tcp, check.port));
+        addresses.chain(frontends).chain(health_check)
     }
+}
+
+/// What load balancers are told when they ask whether a node has endpoints of a Service
+/// (`healthCheckNodePort`).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HealthCheck {
+    /// The port at the node's addresses.
+    pub port: u16,
+    /// How many endpoints on this node are ready, in each family of the Service.
+    pub local_endpoints: BTreeMap<Family, usize>,
 }
 
 /// The endpoints of one port of a Service in one family, and where clients reach them.

@@ -1,11 +1,12 @@
 //! The plan of one Service.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use super::endpoints::{Wanted, serving};
 use super::{
-    Firewall, Frontend, LoadBalancerAddress, LoadBalancerFirewall, NodePort, Pool, ServicePlan,
-    Sources,
+    Firewall, Frontend, HealthCheck, LoadBalancerAddress, LoadBalancerFirewall, NodePort, Pool,
+    ServicePlan, Sources,
 };
 use crate::model::{
     CidrSet, EndpointSlice, Family, NodeContext, Protocol, Service, ServicePort, SourceRestriction,
@@ -27,11 +28,19 @@ pub fn plan_service<'a>(
     diagnostics.sort();
 
     let mut pools = Vec::new();
+    let mut ready_here: BTreeMap<Family, BTreeSet<IpAddr>> =
+        { service.cluster_ips.iter() }.map(|ip| (Family::of(*ip), BTreeSet::new())).collect();
     for port in &service.ports {
         for &address in &service.cluster_ips {
-            pools.push(pool(service, port, address, &slices, node));
+            let (pool, addresses) = pool(service, port, address, &slices, node);
+            ready_here.entry(pool.family).or_default().extend(addresses);
+            pools.push(pool);
         }
     }
+    let health_check = service.health_check_port.map(|port| HealthCheck {
+        port: port.get(),
+        local_endpoints: { ready_here.iter() }.map(|(family, all)| (*family, all.len())).collect(),
+    });
 
     ServicePlan {
         seniority: service.seniority(),
@@ -39,17 +48,19 @@ pub fn plan_service<'a>(
         pools,
         firewall: firewall(service),
         load_balancer_firewall: load_balancer_firewall(service, node),
+        health_check,
         diagnostics,
     }
 }
 
+/// The pool of one port, and the addresses of endpoints of it that are here and ready.
 fn pool(
     service: &Service,
     port: &ServicePort,
     cluster_ip: IpAddr,
     slices: &[&EndpointSlice],
     node: &NodeContext,
-) -> Pool {
+) -> (Pool, BTreeSet<IpAddr>) {
     use TrafficPolicy::{Cluster, Local};
     let family = Family::of(cluster_ip);
     let number = port.port.get();
@@ -77,7 +88,7 @@ fn pool(
             || (service.external_traffic == Local && reachable_from_outside),
     };
     let serving = serving(port, family, slices, node, wanted);
-    Pool {
+    let pool = Pool {
         port_name: port.name.clone(),
         family,
         protocol: port.protocol,
@@ -91,7 +102,8 @@ fn pool(
         affinity: service.session_affinity,
         balancing: service.balancing,
         hairpins: serving.here,
-    }
+    };
+    (pool, serving.ready_here)
 }
 
 fn firewall(service: &Service) -> Option<Firewall> {

@@ -24,7 +24,7 @@ impl Kernel {
         let reporter = reporter.clone();
         let opened = std::thread::spawn(move || {
             unshare(CloneFlags::CLONE_NEWNET).ok()?;
-            let worker = Worker::open(move |report| reporter.commit(report)).expect("nf_tables");
+            let worker = Worker::open(move |report| reporter.commit(&report)).expect("nf_tables");
             Some((Kernel(Socket::open().expect("a socket")), worker))
         });
         let opened = opened.join().expect("no panic");

@@ -4,7 +4,8 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use nix::errno::Errno;
-use portcullis::commit::Worker;
+use portcullis::commit::{Report, Worker};
+use portcullis::model::Diagnostic;
 use portcullis_integration::services::Sketch;
 
 use super::{Machine, NODE_PORTS_AT, State, errno, fresh, node, too_long, web};
@@ -136,13 +137,13 @@ fn a_node_port_belongs_to_the_older() -> Result<()> {
     let younger = web(2, &[2]).created(2).port("same", super::Tcp, 81, 30001).allow("0.0.0.0/0");
     let (mut daemon, _) = machine.adopted(&[])?;
     assert!(daemon.commit(std::slice::from_ref(&younger)).is_empty());
-    assert!(daemon.last_report(&younger)?.diagnostics.is_empty());
+    assert!(diagnostics(&daemon.last_report(&younger)?).is_empty());
 
     // It loses it at once when the older comes.
     assert!(daemon.commit(&[older("192.0.2.0/24")]).is_empty());
     machine.state()?.expect(&fresh(&[older("192.0.2.0/24"), younger.clone()])?)?;
-    let diagnostics = daemon.last_report(&younger)?.diagnostics;
-    assert!(diagnostics.iter().any(|d| d.to_string().contains("shop/web-1")), "{diagnostics:?}");
+    let told = diagnostics(&daemon.last_report(&younger)?);
+    assert!(told.iter().any(|d| d.to_string().contains("shop/web-1")), "{told:?}");
     let owner = |machine: &Machine| -> Result<String> {
         let listing = machine.namespace.run(&["nft", "list", "table", "inet", "portcullis"])?;
         let firewall = listing.split("tcp . 30001 comment \"").nth(1).context("no such port")?;
@@ -153,7 +154,7 @@ fn a_node_port_belongs_to_the_older() -> Result<()> {
     // And has it again when the older goes.
     assert!(daemon.delete(&older("")).is_empty());
     assert_eq!(owner(&machine)?, "shop/web-2:same");
-    assert!(daemon.last_report(&younger)?.diagnostics.is_empty());
+    assert!(diagnostics(&daemon.last_report(&younger)?).is_empty());
     machine.state()?.expect(&fresh(&[younger])?)
 }
 
@@ -223,4 +224,9 @@ fn in_a_user_namespace() -> Result<()> {
     let adoption = worker.adopt(&node, services.iter().map(Sketch::plan).collect())?;
     ensure!(adoption.operations == 0, "{adoption:?}");
     Ok(())
+}
+
+/// What is wrong with a Service, whatever the kernel says.
+fn diagnostics(report: &Report) -> Vec<Diagnostic> {
+    report.plan.iter().flat_map(|plan| plan.diagnostics.clone()).collect()
 }

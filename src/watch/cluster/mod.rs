@@ -14,6 +14,7 @@
 //! - An object that gets a label which a selector excludes appears as deleted, as it should.
 //! - Slices are lowered as they come; only Services, pruned, stay in a store.
 
+mod events;
 mod feed;
 mod list;
 mod outage;
@@ -39,6 +40,7 @@ use feed::{Event, Feed, prune};
 use outage::Outages;
 use reconcile::{Context, error_policy, named, reconcile, reference};
 
+pub use events::publish;
 pub use list::load;
 
 /// Why the cluster is not served.

@@ -13,6 +13,9 @@ use crate::model::{Diagnostic, Family, Node, ObjectKind, ObjectRef, Severity};
 /// The label that says in which zone a node is.
 const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
 
+/// The taint by which the cluster autoscaler says that it is about to remove a node.
+const AUTOSCALER_TAINT: &str = "ToBeDeletedByClusterAutoscaler";
+
 /// What the proxy needs of a Node: the first address of each family, `InternalIP` before
 /// `ExternalIP`, in the object's order. kube-proxy's default for `--nodeport-addresses=primary`
 /// is the same.
@@ -40,7 +43,15 @@ pub fn node(object: &core::Node) -> Node {
     let zone = object.metadata.labels.as_ref().and_then(|labels| labels.get(ZONE_LABEL));
     let zone = zone.filter(|zone| !zone.is_empty()).map(|zone| zone.as_str().into());
     let pod_cidrs = pod_cidrs(object, &mut findings);
-    Node { primary_addresses, zone, pod_cidrs, diagnostics: findings.diagnostics }
+    let leaving = leaving(object);
+    Node { primary_addresses, zone, leaving, pod_cidrs, diagnostics: findings.diagnostics }
+}
+
+/// Whether the node is being deleted, or about to be (KEP-3458).
+fn leaving(object: &core::Node) -> bool {
+    let taints = object.spec.iter().flat_map(|spec| spec.taints.iter().flatten());
+    object.metadata.deletion_timestamp.is_some() || { taints }
+        .any(|taint| taint.key == AUTOSCALER_TAINT)
 }
 
 /// `podCIDRs`, or else `podCIDR`.

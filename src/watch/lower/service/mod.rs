@@ -83,7 +83,15 @@ pub fn service(object: &core::Service) -> Option<Service> {
     let node_port_sources = sources(object, has_node_ports, &mut findings);
     unknown_annotations(object, &mut findings);
     let created = object.metadata.creation_timestamp.as_ref();
-    let external = External::of(object, spec, exposure, &cluster_ips, &mut findings);
+    let mut external = External::of(object, spec, exposure, &cluster_ips, &mut findings);
+    let own = |port: &ServicePort| {
+        port.protocol == Protocol::Tcp && port.node_port == external.health_check_port
+    };
+    if external.health_check_port.is_some() && ports.iter().any(own) {
+        let message = "is one of the Service's own node ports; nothing else answers there";
+        findings.error("spec.healthCheckNodePort", message);
+        external.health_check_port = None;
+    }
     Some(Service {
         created: created.map_or(0, |time| time.0.as_second()),
         ports,

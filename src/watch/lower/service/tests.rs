@@ -252,18 +252,26 @@ fn misspelt_annotations() {
 }
 
 #[test]
-fn what_is_not_implemented_is_said() {
+fn health_check_ports() {
     let local = |port| {
         json!({"type": "LoadBalancer", "externalTrafficPolicy": "Local",
         "healthCheckNodePort": port})
     };
     let got = with(json!({}), local(31000));
-    let expected = ["warning: spec.healthCheckNodePort: not supported yet: nothing answers there"];
-    assert_eq!(findings(&got), expected);
+    assert_eq!(findings(&got), [""; 0]);
     assert_eq!(got.health_check_port, NonZeroU16::new(31000));
     let got = with(json!({}), local(65536));
     let expected = ["error: spec.healthCheckNodePort: 65536 is not a port; nothing answers there"];
     assert_eq!(findings(&got), expected);
+    let mut own = local(31000);
+    own["ports"] = json!([{"port": 80, "nodePort": 31000}]);
+    let got = with(json!({}), own);
+    let expected = ["error: spec.healthCheckNodePort: is one of the Service's own node ports; \
+                     nothing else answers there"];
+    assert_eq!(
+        (findings(&got), got.health_check_port),
+        (expected.map(String::from).to_vec(), None)
+    );
     // Nobody asks there with another policy, or of another type.
     let cluster = json!({"type": "LoadBalancer", "healthCheckNodePort": 31000});
     assert_eq!(with(json!({}), cluster).health_check_port, None);
