@@ -17,4 +17,5 @@ pub mod plan;
 pub mod refused;
 pub mod report;
 pub mod ruleset;
+pub mod sysctl;
 pub mod watch;

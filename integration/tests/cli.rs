@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use portcullis_integration::binary;
-use portcullis_integration::daemon::{command, follow_manifests};
-use portcullis_integration::lab::{Lab, scratch};
+use portcullis_integration::daemon::{command, follow, follow_manifests};
+use portcullis_integration::lab::{Lab, eventually, scratch};
 use portcullis_integration::manifest::{Manifest, Port, write_node};
 use portcullis_integration::requirement::{Requirement, available};
 use portcullis_integration::traffic::Protocol;
@@ -48,6 +48,80 @@ fn wrong_usage() -> Result<()> {
         ensure!(!output.stderr.is_empty(), "{arguments:?}");
     }
     Ok(())
+}
+
+#[test]
+fn a_configuration_of_kube_proxy_is_read() -> Result<()> {
+    let directory = scratch("config")?;
+    let file = directory.path().join("config.yaml");
+    let manifests = directory.path().join("node.json");
+    fs::write(
+        &manifests,
+        r#"{"apiVersion": "v1", "kind": "Node", "metadata": {"name": "node-1"}}"#,
+    )?;
+    let paths = [&file, &manifests].map(|path| path.to_string_lossy().into_owned());
+    let plan = |config: &str, more: &[&str]| -> Result<Output> {
+        let head = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n";
+        fs::write(&file, format!("{head}{config}"))?;
+        let [file, manifests] = paths.each_ref().map(String::as_str);
+        let arguments = [&["plan", "--config", file, "--file", manifests], more].concat();
+        Ok(command(&arguments)?.output()?)
+    };
+    let config = "hostnameOverride: node-1
+nodePortAddresses: [192.0.2.0/24]
+clusterCIDR: 10.244.0.0/16
+mode: ipvs
+ipvs: {strictARP: true}
+";
+    let output = plan(config, &[])?;
+    let (ruleset, said) = (text(&output.stdout), text(&output.stderr));
+    ensure!(output.status.success(), "{said}");
+    ensure!(ruleset.contains("elements = { 192.0.2.0/24 }"), "{ruleset}");
+    ensure!(ruleset.contains("elements = { 10.244.0.0/16 }"), "{ruleset}");
+    for field in ["mode", "ipvs"] {
+        ensure!(said.contains(&format!("field=\"{field}\"")), "{field} is not named: {said}");
+    }
+    // What is asked for on the command line counts.
+    let ruleset = text(&plan(config, &["--nodeport-addresses", "198.51.100.0/24"])?.stdout);
+    ensure!(ruleset.contains("elements = { 198.51.100.0/24 }"), "{ruleset}");
+    expect_cannot(&plan("clusterCIDR: pods", &[])?, "clusterCIDR: \"pods\" is not a CIDR")?;
+    fs::remove_file(&file)?;
+    let output = command(&["plan", "--config", &paths[0], "--file", &paths[1]])?.output()?;
+    expect_cannot(&output, "config.yaml")
+}
+
+#[test]
+fn limits_of_connection_tracking_are_set() -> Result<()> {
+    if !available(ROOT) {
+        return Ok(());
+    }
+    let lab = Lab::new(1)?;
+    let manifests = lab.directory().join("manifests");
+    fs::create_dir(&manifests)?;
+    write_node(&lab, &manifests)?;
+    let limits = || -> Result<[String; 3]> {
+        let of = |key: &str| lab.node.sysctl(&format!("net.netfilter.nf_conntrack_{key}"));
+        Ok([of("tcp_timeout_established")?, of("tcp_timeout_close_wait")?, of("udp_timeout")?]
+            .map(|value| value.trim().to_owned()))
+    };
+    let udp = limits()?[2].clone();
+    let run = |more: &[&str], expected: [&str; 3]| -> Result<()> {
+        let directory = manifests.to_string_lossy().into_owned();
+        let arguments = [&["--manifests", &directory], more].concat();
+        let daemon = follow(&lab, &arguments)?;
+        let set = || limits().is_ok_and(|limits| limits == expected);
+        ensure!(eventually(Duration::from_secs(10), set), "{:?}, not {expected:?}", limits());
+        daemon.terminate(Duration::from_secs(10))?;
+        Ok(())
+    };
+    run(&[], ["86400", "3600", &udp])?;
+    let arguments = [
+        "--conntrack-tcp-timeout-established=2h",
+        "--conntrack-tcp-timeout-close-wait=0s",
+        "--conntrack-udp-timeout=1m30s",
+        "--oom-score-adj=500",
+    ];
+    run(&arguments, ["7200", "3600", "90"])
 }
 
 #[test]

@@ -66,11 +66,45 @@ pub struct RunOptions {
     #[arg(long)]
     pub once: bool,
     /// Where to answer /healthz, /livez and /readyz; empty for nowhere.
-    #[arg(long, value_name = "IP:PORT", default_value = "0.0.0.0:10256", value_parser = bind)]
-    pub healthz_bind_address: Bind,
-    /// Where to answer /metrics; empty for nowhere.
-    #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:10249", value_parser = bind)]
-    pub metrics_bind_address: Bind,
+    /// [default: 0.0.0.0:10256]
+    #[arg(long, value_name = "IP:PORT", value_parser = bind)]
+    pub healthz_bind_address: Option<Bind>,
+    /// Where to answer /metrics; empty for nowhere [default: 127.0.0.1:10249].
+    #[arg(long, value_name = "IP:PORT", value_parser = bind)]
+    pub metrics_bind_address: Option<Bind>,
+    #[command(flatten)]
+    pub conntrack: ConntrackOptions,
+    /// The process' place when memory runs out, from -1000 (last) to 1000 (first).
+    #[arg(long, value_name = "NUMBER", allow_hyphen_values = true,
+        value_parser = clap::value_parser!(i16).range(-1000..=1000))]
+    pub oom_score_adj: Option<i16>,
+}
+
+/// Limits of the kernel's connection tracking, with kube-proxy's flags and defaults.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Connection tracking")]
+pub struct ConntrackOptions {
+    /// How many connections are tracked for each CPU; 0 leaves the kernel's limit [default: 32768].
+    #[arg(long = "conntrack-max-per-core", value_name = "NUMBER")]
+    pub max_per_core: Option<u32>,
+    /// How many connections are tracked at least, whatever the number of CPUs [default: 131072].
+    #[arg(long = "conntrack-min", value_name = "NUMBER")]
+    pub min: Option<u32>,
+    /// For how long an idle TCP connection is remembered; 0s leaves the kernel's time [default: 24h].
+    #[arg(long = "conntrack-tcp-timeout-established", value_name = "TIME")]
+    pub tcp_timeout_established: Option<kube::core::Duration>,
+    /// The same for a connection that one side has closed [default: 1h].
+    #[arg(long = "conntrack-tcp-timeout-close-wait", value_name = "TIME")]
+    pub tcp_timeout_close_wait: Option<kube::core::Duration>,
+    /// Count packets outside of a connection's window as its own.
+    #[arg(long = "conntrack-tcp-be-liberal")]
+    pub tcp_be_liberal: bool,
+    /// For how long a UDP flow without an answer is remembered [default: the kernel's].
+    #[arg(long = "conntrack-udp-timeout", value_name = "TIME")]
+    pub udp_timeout: Option<kube::core::Duration>,
+    /// For how long a UDP flow with answers is remembered [default: the kernel's].
+    #[arg(long = "conntrack-udp-timeout-stream", value_name = "TIME")]
+    pub udp_timeout_stream: Option<kube::core::Duration>,
 }
 
 /// Where to listen, if anywhere.
@@ -138,13 +172,16 @@ pub struct SourceOptions {
 /// The node that this runs on.
 #[derive(Debug, Args)]
 pub struct NodeOptions {
+    /// A configuration file of kube-proxy (`KubeProxyConfiguration`). Flags come before it.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
     /// The node's name in the cluster [default: the host's name, in lower case].
-    #[arg(long, value_name = "NAME", env = "NODE_NAME")]
+    #[arg(long, value_name = "NAME", env = "NODE_NAME", visible_alias = "hostname-override")]
     pub node_name: Option<String>,
     /// Where node ports are served: `primary` for the node's first address of each family, or a
-    /// list of CIDRs for all of its addresses in them.
-    #[arg(long, value_name = "primary|CIDR,...", default_value = "primary", value_parser = nodeport_addresses)]
-    pub nodeport_addresses: NodePortAddresses,
+    /// list of CIDRs for all of its addresses in them [default: primary].
+    #[arg(long, value_name = "primary|CIDR,...", value_parser = nodeport_addresses)]
+    pub nodeport_addresses: Option<NodePortAddresses>,
     /// Pods have addresses in these CIDRs [default: the Node's spec.podCIDRs are those of the pods
     /// here]. Whoever else connects to a ClusterIP is masqueraded.
     #[arg(long, value_name = "CIDR,...", value_delimiter = ',', group = "local")]
@@ -184,13 +221,13 @@ fn bind(text: &str) -> Result<Bind, String> {
 }
 
 /// The name of an interface, or how one begins (`IFNAMSIZ`, `dev_valid_name` of the kernel).
-fn interface(text: &str) -> Result<String, String> {
+pub(super) fn interface(text: &str) -> Result<String, String> {
     let valid = (1..16).contains(&text.len())
         && text.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'/' && byte != b':');
     if valid { Ok(text.to_owned()) } else { Err("not the name of an interface".to_owned()) }
 }
 
-fn nodeport_addresses(text: &str) -> Result<NodePortAddresses, String> {
+pub(super) fn nodeport_addresses(text: &str) -> Result<NodePortAddresses, String> {
     if text == "primary" {
         return Ok(NodePortAddresses::Primary);
     }

@@ -4,6 +4,7 @@
 mod arguments;
 mod audit;
 mod cleanup;
+mod config;
 mod kernel;
 mod plan;
 mod run;

@@ -7,12 +7,13 @@ use portcullis::watch::{Index, manifests};
 use serde_json::json;
 
 use super::arguments::{Output, PlanOptions};
-use super::source::options;
+use super::source::{config, options};
 use super::{Verdict, print};
 
 /// Prints the ruleset for a file or directory of manifests, and what is wrong with them.
 pub fn plan(arguments: &PlanOptions) -> anyhow::Result<Verdict> {
-    let loaded = manifests::load(&arguments.file, &options(&arguments.node)?)?;
+    let loaded =
+        manifests::load(&arguments.file, &options(&arguments.node, &config(&arguments.node)?)?)?;
     let (desired, mut diagnostics) = (desired(&loaded.index), loaded.diagnostics);
     let mut contributions = vec![Contribution::node(loaded.index.context())];
     let mut services: Vec<_> = desired.services().cloned().collect();

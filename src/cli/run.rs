@@ -10,17 +10,20 @@ use portcullis::metrics::Metrics;
 use portcullis::model::Severity;
 use portcullis::report::Reporter;
 use portcullis::watch::{Index, Options, cluster, manifests};
-use portcullis::{conflicts, refused, ruleset};
+use portcullis::{conflicts, refused, ruleset, sysctl};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use super::arguments::{Bind, RunOptions};
+use super::config::Config;
 use super::kernel::{explain_commit, open_worker};
-use super::source::{Source, open, options};
+use super::source::{Source, config, open, options};
 use super::{Verdict, print};
 
 pub fn run(arguments: &RunOptions) -> anyhow::Result<Verdict> {
-    let options = options(&arguments.node)?;
+    let config = config(&arguments.node)?;
+    let options = options(&arguments.node, &config)?;
+    tune(arguments, &config);
     let reporter = Reporter::new(options.node_name.clone());
     let (checks, asked) = health::services::checks();
     let (served, listeners) = conflicts::served();
@@ -37,15 +40,22 @@ pub fn run(arguments: &RunOptions) -> anyhow::Result<Verdict> {
         .build()
         .context("cannot start the runtime")?;
     runtime.block_on(async {
-        let source = open(&arguments.source).await?;
+        let source = open(&arguments.source, &config).await?;
         if arguments.once {
             once(source, &options, worker, &reporter).await
         } else {
             let (committer, thread) = Committer::start(worker);
             let health = Health::new(committer.pulse(), reporter.clone());
             let metrics = Metrics { pulse: committer.pulse(), reporter: reporter.clone(), served };
-            listen("health checks", arguments.healthz_bind_address, server::routes(&health));
-            listen("metrics", arguments.metrics_bind_address, metrics.routes());
+            let at = |flag: Option<Bind>, file: Option<Bind>, default: ([u8; 4], u16)| {
+                flag.or(file).unwrap_or(Bind(Some(default.into())))
+            };
+            let file = config.healthz_bind_address;
+            let address = at(arguments.healthz_bind_address, file, ([0; 4], 10256));
+            listen("health checks", address, server::routes(&health));
+            let file = config.metrics_bind_address;
+            let address = at(arguments.metrics_bind_address, file, ([127, 0, 0, 1], 10249));
+            listen("metrics", address, metrics.routes());
             tokio::spawn(health::services::serve(asked, health, reporter.clone()));
             tokio::spawn(conflicts::watch(listeners, reporter.clone()));
             if let Source::Cluster(client) = &source {
@@ -56,6 +66,38 @@ pub fn run(arguments: &RunOptions) -> anyhow::Result<Verdict> {
             follow(source, options, committer, thread, reporter).await
         }
     })
+}
+
+/// Makes the settings of the machine that were asked for. None is worth ending for.
+fn tune(arguments: &RunOptions, config: &Config) {
+    let (flags, file) = (&arguments.conntrack, &config.conntrack);
+    let default = sysctl::Conntrack::default();
+    let time = |flag: Option<kube::core::Duration>, file: Option<_>, default| {
+        flag.or(file).map_or(default, std::time::Duration::from)
+    };
+    let conntrack = sysctl::Conntrack {
+        max_per_core: flags.max_per_core.or(file.max_per_core).unwrap_or(default.max_per_core),
+        min: flags.min.or(file.min).unwrap_or(default.min),
+        tcp_established: time(
+            flags.tcp_timeout_established,
+            file.tcp_established_timeout,
+            default.tcp_established,
+        ),
+        tcp_close_wait: time(
+            flags.tcp_timeout_close_wait,
+            file.tcp_close_wait_timeout,
+            default.tcp_close_wait,
+        ),
+        tcp_be_liberal: flags.tcp_be_liberal || file.tcp_be_liberal,
+        udp: time(flags.udp_timeout, file.udp_timeout, default.udp),
+        udp_stream: time(flags.udp_timeout_stream, file.udp_stream_timeout, default.udp_stream),
+    };
+    conntrack.apply(std::thread::available_parallelism().map_or(1, usize::from));
+    if let Some(score) = arguments.oom_score_adj.or(config.oom_score_adj)
+        && let Err(error) = std::fs::write("/proc/self/oom_score_adj", score.to_string())
+    {
+        tracing::warn!(score, %error, "cannot set the process' place when memory runs out");
+    }
 }
 
 /// Answers at an address, if there is one, for as long as the process runs.

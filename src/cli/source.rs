@@ -4,10 +4,11 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use kube::config::{KubeConfigOptions, Kubeconfig};
-use portcullis::model::LocalTraffic;
+use portcullis::model::{LocalTraffic, NodePortAddresses};
 use portcullis::watch::Options;
 
 use super::arguments::{NodeOptions, SourceOptions};
+use super::config::{self, Config};
 
 /// Where the objects come from.
 pub enum Source {
@@ -17,9 +18,14 @@ pub enum Source {
     Cluster(kube::Client),
 }
 
-/// What the flags about the node mean.
-pub fn options(arguments: &NodeOptions) -> anyhow::Result<Options> {
-    let node_name = match &arguments.node_name {
+/// What the configuration file says that the flags name, if they name one.
+pub fn config(arguments: &NodeOptions) -> anyhow::Result<Config> {
+    arguments.config.as_deref().map_or_else(|| Ok(Config::default()), config::read)
+}
+
+/// What the flags about the node mean, and a configuration file.
+pub fn options(arguments: &NodeOptions, config: &Config) -> anyhow::Result<Options> {
+    let node_name = match arguments.node_name.as_ref().or(config.node_name.as_ref()) {
         Some(name) => name.clone(),
         None => nix::unistd::gethostname()
             .context("cannot tell the host's name; give --node-name")?
@@ -28,16 +34,21 @@ pub fn options(arguments: &NodeOptions) -> anyhow::Result<Options> {
     };
     Ok(Options {
         node_name: node_name.into(),
-        nodeport_addresses: arguments.nodeport_addresses.clone(),
-        local_traffic: local_traffic(arguments),
-        masquerade_all: arguments.masquerade_all,
+        nodeport_addresses: { arguments.nodeport_addresses.as_ref() }
+            .or(config.nodeport_addresses.as_ref())
+            .cloned()
+            .unwrap_or(NodePortAddresses::Primary),
+        local_traffic: local_traffic(arguments)
+            .or_else(|| config.local_traffic.clone())
+            .unwrap_or_default(),
+        masquerade_all: arguments.masquerade_all || config.masquerade_all,
     })
 }
 
 /// How pods of this node are known. The flags exclude each other.
-fn local_traffic(arguments: &NodeOptions) -> LocalTraffic {
+fn local_traffic(arguments: &NodeOptions) -> Option<LocalTraffic> {
     if !arguments.cluster_cidr.is_empty() {
-        return LocalTraffic::Cidrs(arguments.cluster_cidr.clone());
+        return Some(LocalTraffic::Cidrs(arguments.cluster_cidr.clone()));
     }
     let bridge = arguments.pod_bridge_interface.as_deref();
     let bridge = bridge.map(|name| LocalTraffic::Bridge(name.into()));
@@ -45,16 +56,17 @@ fn local_traffic(arguments: &NodeOptions) -> LocalTraffic {
         let prefix = arguments.pod_interface_name_prefix.as_deref();
         prefix.map(|prefix| LocalTraffic::InterfacePrefix(prefix.into()))
     };
-    bridge.or_else(prefix).unwrap_or_default()
+    bridge.or_else(prefix)
 }
 
 /// Opens the source that the flags name.
-pub async fn open(arguments: &SourceOptions) -> anyhow::Result<Source> {
+pub async fn open(arguments: &SourceOptions, config: &Config) -> anyhow::Result<Source> {
     if let Some(directory) = &arguments.manifests {
         return Ok(Source::Manifests(directory.clone()));
     }
     let choice = KubeConfigOptions { context: arguments.context.clone(), ..Default::default() };
-    let config = if let Some(file) = &arguments.kubeconfig {
+    let file = arguments.kubeconfig.as_ref().or(config.kubeconfig.as_ref());
+    let config = if let Some(file) = file {
         let kubeconfig = Kubeconfig::read_from(file)
             .with_context(|| format!("cannot read kubeconfig {}", file.display()))?;
         kube::Config::from_custom_kubeconfig(kubeconfig, &choice).await?
