@@ -18,4 +18,5 @@ pub mod refused;
 pub mod report;
 pub mod ruleset;
 pub mod sysctl;
+pub mod takeover;
 pub mod watch;

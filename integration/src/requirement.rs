@@ -16,6 +16,8 @@ pub enum Requirement {
     Nft,
     /// The `conntrack` program.
     Conntrack,
+    /// The program `iptables`, in both of its variants.
+    Iptables,
     /// The binaries of a Kubernetes control plane, or what it takes to build them: Go.
     ControlPlane,
 }
@@ -52,6 +54,8 @@ impl Requirement {
                 .or_else(|| program("setpriv", "--version")),
             Self::Nft => program("nft", "--version"),
             Self::Conntrack => program("conntrack", "--version"),
+            Self::Iptables => program("iptables-nft", "--version")
+                .or_else(|| program("iptables-legacy", "--version")),
             Self::ControlPlane => crate::controlplane::missing(),
         }
     }

@@ -36,8 +36,8 @@ pub enum Command {
     Plan(PlanOptions),
     /// Compare the kernel with what is desired, and list who may reach each node port.
     Audit(AuditOptions),
-    /// Remove everything that portcullis has put into the kernel.
-    Cleanup,
+    /// Remove everything that portcullis has put into the kernel, or what kube-proxy has.
+    Cleanup(CleanupOptions),
     /// Print the version.
     Version(VersionOptions),
     /// Print a completion script for a shell.
@@ -145,6 +145,21 @@ pub struct AuditOptions {
     /// What to print.
     #[arg(short, long, value_enum, default_value_t = Output::Text)]
     pub output: Output,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+To take a node over from kube-proxy without a gap: start portcullis, end kube-proxy, then
+
+  portcullis cleanup --kube-proxy
+
+What iptables and IPVS hold is removed with the programs iptables, ipvsadm and ipset where they are
+installed.")]
+pub struct CleanupOptions {
+    /// Remove what kube-proxy has left, in any of its modes, and nothing of portcullis. Refused
+    /// while nothing of portcullis is in force, or kube-proxy runs.
+    #[arg(long)]
+    pub kube_proxy: bool,
 }
 
 #[derive(Debug, Args)]

@@ -3,17 +3,22 @@
 use anyhow::bail;
 use portcullis::netlink::{Batch, Error, Socket};
 use portcullis::ruleset::TABLE;
+use portcullis::takeover;
 
+use super::arguments::CleanupOptions;
 use super::kernel::explain;
 use super::{Verdict, print};
 
 /// Deletes the table with everything in it. Connections that are open through Service addresses end
 /// with it, unless another table has chains of type nat: the kernel translates packets only while
 /// there are any.
-pub fn cleanup() -> anyhow::Result<Verdict> {
+pub fn cleanup(options: &CleanupOptions) -> anyhow::Result<Verdict> {
+    if options.kube_proxy { kube_proxys() } else { ours() }
+}
+
+fn ours() -> anyhow::Result<Verdict> {
     let mut socket = Socket::open().map_err(explain)?;
-    let listed = socket.at_one_moment(|socket| socket.list_table(TABLE, |_, _| true));
-    if listed.map_err(explain)?.is_none() {
+    if !is_there(&mut socket)? {
         print(&format!("table inet {TABLE}: not there, nothing to remove\n"))?;
         return Ok(Verdict::Fine);
     }
@@ -32,4 +37,42 @@ pub fn cleanup() -> anyhow::Result<Verdict> {
         Err(error) => return Err(explain(error)),
     }
     Ok(Verdict::Fine)
+}
+
+fn is_there(socket: &mut Socket) -> anyhow::Result<bool> {
+    let listed = socket.at_one_moment(|socket| socket.list_table(TABLE, |_, _| true));
+    Ok(listed.map_err(explain)?.is_some())
+}
+
+/// Removes what kube-proxy has left. Connections that it translated go on: connection tracking knows
+/// their translation, and our chains of type nat keep it applied.
+fn kube_proxys() -> anyhow::Result<Verdict> {
+    if !is_there(&mut Socket::open().map_err(explain)?)? {
+        bail!(
+            "table inet {TABLE} is not in force: without kube-proxy's rules nobody would serve \
+             Services on this node; start portcullis first"
+        );
+    }
+    if let Some(pid) = running_kube_proxy() {
+        bail!("kube-proxy runs (process {pid}) and would write its rules again: end it first");
+    }
+    let removed = takeover::remove_leftovers()?;
+    if removed.is_empty() {
+        print("nothing of kube-proxy is there\n")?;
+    }
+    for what in removed {
+        print(&format!("{what}: removed\n"))?;
+    }
+    Ok(Verdict::Fine)
+}
+
+/// A kube-proxy that works on the same network namespace, as far as this process may see.
+fn running_kube_proxy() -> Option<i32> {
+    let namespace = |pid: i32| std::fs::read_link(format!("/proc/{pid}/ns/net")).ok();
+    let own = std::fs::read_link("/proc/self/ns/net").ok();
+    let processes = procfs::process::all_processes().ok()?;
+    processes.flatten().find_map(|process| {
+        let is_kube_proxy = process.stat().is_ok_and(|stat| stat.comm == "kube-proxy");
+        (is_kube_proxy && namespace(process.pid) == own).then_some(process.pid)
+    })
 }

@@ -48,7 +48,7 @@ fn run_command(command: &Command) -> anyhow::Result<Verdict> {
         Command::Run(options) => run::run(options),
         Command::Plan(options) => plan::plan(options),
         Command::Audit(options) => audit::audit(options),
-        Command::Cleanup => cleanup::cleanup(),
+        Command::Cleanup(options) => cleanup::cleanup(options),
         Command::Version(options) => version::version(options),
         Command::Completions { shell } => {
             let mut command = Arguments::command();

@@ -9,6 +9,8 @@ use std::ops::Range;
 
 use super::attribute::{close, nest, open, put, put_str, put_u32, put_u64};
 use super::error::Subject;
+use crate::model::Family;
+
 use super::expression::{Data, LIST_ELEM, Verdict, encode_goto};
 use super::object::{Chain, Element, ElementData, Rule, Set, SetData, TableFlags};
 
@@ -46,6 +48,8 @@ const NLM_F_APPEND: u16 = 0x800;
 
 /// The longest comment that nft takes and prints (`NFTNL_UDATA_COMMENT_MAXLEN` less the NUL).
 const MAX_COMMENT: usize = 127;
+/// Bytes of `struct nlmsghdr`.
+const NLMSGHDR: usize = 16;
 
 /// A transaction on one table, in the making.
 #[derive(Debug)]
@@ -136,6 +140,18 @@ impl Batch {
         let table = self.table.clone();
         let subject = Subject::Table(table.clone());
         self.make(NFT_MSG_DELTABLE, 0, subject, |out| put_str(out, 1, &table));
+    }
+
+    /// Deletes another table, of one family, with all that is in it.
+    pub fn delete_other_table(&mut self, family: Family, table: &str) {
+        let nfproto = match family {
+            Family::V4 => 2,  // NFPROTO_IPV4
+            Family::V6 => 10, // NFPROTO_IPV6
+        };
+        let subject = Subject::Table(table.to_owned());
+        let start = self.making.bytes.len();
+        self.make(NFT_MSG_DELTABLE, 0, subject, |out| put_str(out, 1, table));
+        self.making.bytes[start + NLMSGHDR] = nfproto; // nfgen_family
     }
 
     /// Makes a chain.

@@ -1,5 +1,5 @@
 //! A real control plane: etcd, kube-apiserver and kube-controller-manager as plain processes in a
-//! namespace of their own.
+//! namespace of their own; and kube-proxy on machines that are attached to it.
 //!
 //! ```no_run
 //! use portcullis_integration::controlplane::{ControlPlane, objects};
@@ -139,6 +139,19 @@ impl ControlPlane {
     /// A kubeconfig that works on every attached machine, as the cluster's administrator.
     pub fn kubeconfig(&self) -> PathBuf {
         self.directory.path().join("kubeconfig")
+    }
+
+    /// Starts kube-proxy for `node` on an attached machine.
+    pub fn start_kube_proxy(&self, host: &Host, node: &str, mode: &str) -> Result<Process> {
+        let mut command = Command::new(self.binaries.join("kube-proxy"));
+        command
+            .arg("--kubeconfig")
+            .arg(self.kubeconfig())
+            .args(["--hostname-override", node])
+            .args(["--proxy-mode", mode])
+            // The limit of tracked connections is the machine's own.
+            .args(["--conntrack-max-per-core", "0", "--conntrack-min", "0"]);
+        host.spawn(&command, "kube-proxy", self.directory.path())
     }
 
     /// A client for the namespace of the calling thread: that of an attached machine.

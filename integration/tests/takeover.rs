@@ -1,0 +1,152 @@
+//! Taking a node over from the real kube-proxy: no connection fails on the way, open ones go on, and
+//! nothing of kube-proxy stays.
+
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use portcullis_integration::controlplane::{ControlPlane, objects};
+use portcullis_integration::daemon::{command, follow_cluster};
+use portcullis_integration::lab::{FAMILIES, Lab, eventually};
+use portcullis_integration::requirement::{Requirement, available};
+use portcullis_integration::traffic::{Flow, Outcome, Protocol, Server, probe};
+use serde_json::json;
+
+const LIMIT: Duration = Duration::from_secs(60);
+const ROOT: [Requirement; 3] = [Requirement::Root, Requirement::Nft, Requirement::ControlPlane];
+const PROTOCOLS: [Protocol; 2] = [Protocol::Tcp, Protocol::Udp];
+
+#[test]
+fn from_nftables_mode() -> Result<()> {
+    if !available(&ROOT) {
+        return Ok(());
+    }
+    take_over("nftables", &["table ip kube-proxy: removed", "table ip6 kube-proxy: removed"])
+}
+
+#[test]
+fn from_iptables_mode() -> Result<()> {
+    if !available(&ROOT) || !available(&[Requirement::Iptables]) {
+        return Ok(());
+    }
+    take_over("iptables", &["table nat: ", "table filter: "])
+}
+
+/// `removed` is in what `cleanup` prints.
+fn take_over(mode: &str, removed: &[&str]) -> Result<()> {
+    let plane = ControlPlane::shared()?;
+    let lab = Lab::new(2)?;
+    plane.attach(&lab.node)?;
+    let name = format!("takeover-{mode}");
+    let mut servers = Vec::new();
+    for protocol in PROTOCOLS {
+        for pod in &lab.pods {
+            servers.push(Server::start(pod, pod.name(), protocol, 8080)?);
+        }
+    }
+    let to = plane.block_on(async |client| {
+        objects::node(&client, &name, &lab.node, &[]).await?;
+        let namespace = objects::namespace(&client, &name).await?;
+        for (number, pod) in lab.pods.iter().enumerate() {
+            let pod_name = format!("web-{number}");
+            objects::pod(&client, &namespace, &pod_name, &[("app", "web")], &name, pod).await?;
+        }
+        let spec = json!({
+            "type": "NodePort",
+            "selector": { "app": "web" },
+            "ports": [
+                { "name": "tcp", "port": 80, "targetPort": 8080 },
+                { "name": "udp", "port": 80, "targetPort": 8080, "protocol": "UDP" },
+            ],
+        });
+        let made = objects::service(&client, &namespace, "web", spec).await?;
+        objects::wait_for_endpoints(&client, &namespace, "web", lab.pods.len()).await?;
+        let spec = made.spec.context("no spec")?;
+        let ports = spec.ports.context("no ports")?;
+        let mut to = Vec::new();
+        for (protocol, port) in PROTOCOLS.into_iter().zip(&ports) {
+            for ip in spec.cluster_ips.iter().flatten() {
+                to.push((SocketAddr::new(ip.parse()?, 80), protocol));
+            }
+            let node_port = u16::try_from(port.node_port.context("no node port")?)?;
+            for family in FAMILIES {
+                to.push((SocketAddr::new(lab.node.address(family), node_port), protocol));
+            }
+        }
+        Ok(to)
+    })?;
+    let cleanup = || -> Result<(Option<i32>, String)> {
+        let output = lab.node.output(command(&["cleanup", "--kube-proxy"])?)?;
+        let said = [output.stdout, output.stderr].concat();
+        Ok((output.status.code(), String::from_utf8_lossy(&said).into_owned()))
+    };
+
+    let kube_proxy = plane.start_kube_proxy(&lab.node, &name, mode)?;
+    let served = |(to, protocol): &(SocketAddr, Protocol)| {
+        probe(&lab.allowed, *to, *protocol).is_ok_and(|outcome| outcome.by().is_some())
+    };
+    ensure!(eventually(LIMIT, || to.iter().all(served)), "kube-proxy: {}", kube_proxy.tail());
+    let (code, said) = cleanup()?;
+    ensure!(code == Some(2) && said.contains("start portcullis first"), "{code:?}: {said}");
+    let mut flows: Vec<Flow> = to
+        .iter()
+        .map(|(to, protocol)| Flow::open(&lab.allowed, *to, *protocol))
+        .collect::<Result<_>>()?;
+
+    let (over, asked) = (AtomicBool::new(false), AtomicU32::new(0));
+    let failed = std::thread::scope(|scope| -> Result<Vec<String>> {
+        // New connections all the while.
+        let clients = scope.spawn(|| -> Result<Vec<String>> {
+            let mut failed = Vec::new();
+            while !over.load(Ordering::Relaxed) {
+                for (to, protocol) in &to {
+                    let outcome = probe(&lab.allowed, *to, *protocol)?;
+                    asked.fetch_add(1, Ordering::Relaxed);
+                    if !matches!(outcome, Outcome::Answered { .. }) {
+                        failed.push(format!("{to} {protocol:?}: {outcome:?}"));
+                    }
+                }
+            }
+            Ok(failed)
+        });
+        let taken = (|| -> Result<()> {
+            let _daemon = follow_cluster(&lab, plane, &name)?;
+            let (code, said) = cleanup()?;
+            ensure!(code == Some(2) && said.contains("kube-proxy runs"), "{code:?}: {said}");
+            kube_proxy.terminate(LIMIT)?;
+            let (code, said) = cleanup()?;
+            ensure!(code == Some(0), "{code:?}: {said}");
+            for expected in removed {
+                ensure!(said.contains(expected), "not {expected:?}: {said}");
+            }
+            let (code, said) = cleanup()?;
+            ensure!(
+                (code, &*said) == (Some(0), "nothing of kube-proxy is there\n"),
+                "{code:?}: {said}"
+            );
+            // Some more without it.
+            let enough = asked.load(Ordering::Relaxed) + 200;
+            ensure!(eventually(LIMIT, || asked.load(Ordering::Relaxed) > enough), "too slow");
+            for flow in &mut flows {
+                ensure!(flow.alive()?, "a flow that kube-proxy translated ended");
+            }
+            Ok(())
+        })();
+        over.store(true, Ordering::Relaxed);
+        let failed = clients.join().expect("no panic")?;
+        taken.map(|()| failed)
+    })?;
+    let asked = asked.into_inner();
+    ensure!(failed.is_empty(), "{} of {asked} connections failed: {failed:?}", failed.len());
+    let ruleset = lab.node.run(&["nft", "list", "tables"])?;
+    ensure!(!ruleset.contains("kube-proxy"), "{ruleset}");
+    if mode == "iptables" {
+        for program in ["iptables-nft-save", "iptables-legacy-save", "ip6tables-nft-save"] {
+            let left = lab.node.run(&[program])?;
+            ensure!(!left.contains("KUBE-S") && !left.contains("KUBE-NODEPORTS"), "{left}");
+        }
+    }
+    println!("{mode}: {asked} connections, none failed");
+    Ok(())
+}
