@@ -1,12 +1,12 @@
-//! Clients that get the same endpoint again: by affinity, and by a hash of their address.
+//! How an endpoint is chosen: by affinity, by a hash of the client's address, by weight.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use portcullis_integration::lab::{FAMILIES, eventually};
-use portcullis_integration::manifest::Endpoint;
-use portcullis_integration::traffic::Protocol;
+use portcullis_integration::manifest::{Endpoint, replace};
+use portcullis_integration::traffic::{Protocol, distribution, probe_many};
 use serde_json::json;
 
 use super::{ELSEWHERE, HERE, NOTICE, PROTOCOLS, World, answers, exposed, servers, targets};
@@ -114,5 +114,44 @@ fn the_hash_of_a_client_chooses() -> Result<()> {
             ensure!(by.len() == 1, "{} -> {to}: {by:?}", client.name());
         }
     }
+    Ok(())
+}
+
+#[test]
+fn a_canary_gets_its_share() -> Result<()> {
+    let Some(world) = World::new(2)? else { return Ok(()) };
+    let lab = &world.lab;
+    let _servers = servers(lab)?;
+    let mut manifest = exposed(20, lab, &json!({}));
+    manifest.extra["metadata"]["annotations"]["portcullis.dev/balancing"] = json!("weighted");
+    // Two slices: the old version and the new one.
+    let mut list = manifest.list();
+    let items = list["items"].as_array_mut().context("a list")?;
+    let slices: Vec<_> = items.extract_if(1.., |_| true).collect();
+    for (mut slice, (pod, weight)) in
+        slices.iter().flat_map(|slice| [(slice.clone(), (0, "90")), (slice.clone(), (1, "10"))])
+    {
+        let only = slice["endpoints"][pod].clone();
+        slice["endpoints"] = json!([only]);
+        let name = slice["metadata"]["name"].as_str().context("a name")?;
+        slice["metadata"]["name"] = json!(format!("{name}-{pod}"));
+        slice["metadata"]["annotations"] = json!({ "portcullis.dev/weight": weight });
+        items.push(slice);
+    }
+    let file = world.manifests.join("web-20.json");
+    replace(&file, &list.to_string())?;
+    let _daemon = world.daemon(&[])?;
+    for to in targets(lab, &manifest, 20) {
+        let tally = probe_many(&lab.allowed, to, Protocol::Udp, 200)?;
+        distribution::assert_fits(&tally, &[(HERE[0], 9), (HERE[1], 1)]);
+    }
+    // The old version gets nothing new.
+    replace(&file, &list.to_string().replace("\"90\"", "\"0\""))?;
+    let to = targets(lab, &manifest, 20)[0];
+    let only_new = || {
+        let by = answers(&lab.allowed, to, Protocol::Tcp, 20).unwrap_or_default();
+        by == BTreeSet::from([HERE[1].to_owned()])
+    };
+    ensure!(eventually(NOTICE, only_new), "the old version still gets connections");
     Ok(())
 }
