@@ -1,5 +1,5 @@
-//! Settings of the kernel's connection tracking, as kube-proxy makes them
-//! (`KubeProxyConntrackConfiguration`).
+//! Settings of the kernel: those of connection tracking as kube-proxy makes them
+//! (`KubeProxyConntrackConfiguration`), and what node ports at loopback addresses need.
 
 use std::fs;
 use std::io;
@@ -115,6 +115,15 @@ impl Conntrack {
         ];
         let wanted = all.into_iter().filter(|(_, value, _)| *value > 0);
         wanted.map(|(file, value, how)| Setting { file, value, how }).collect()
+    }
+}
+
+/// Lets packets with loopback addresses leave, which node ports at such addresses need.
+pub fn route_localnet() {
+    let file = "proc/sys/net/ipv4/conf/all/route_localnet";
+    let setting = Setting { file, value: 1, how: How::Exactly };
+    if let Err(error) = setting.apply(Path::new("/")) {
+        tracing::warn!(file, %error, "node ports are not served at loopback addresses");
     }
 }
 

@@ -210,6 +210,10 @@ pub struct NodeOptions {
     /// Masquerade every connection to a ClusterIP.
     #[arg(long)]
     pub masquerade_all: bool,
+    /// Serve node ports to processes of this node at 127.0.0.0/8, too (IPv4 only). Sets the sysctl
+    /// `net.ipv4.conf.all.route_localnet`, and drops what comes from elsewhere with such addresses.
+    #[arg(long)]
+    pub localhost_nodeports: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

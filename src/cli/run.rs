@@ -93,6 +93,9 @@ fn tune(arguments: &RunOptions, config: &Config) {
         udp_stream: time(flags.udp_timeout_stream, file.udp_stream_timeout, default.udp_stream),
     };
     conntrack.apply(std::thread::available_parallelism().map_or(1, usize::from));
+    if arguments.node.localhost_nodeports {
+        sysctl::route_localnet();
+    }
     if let Some(score) = arguments.oom_score_adj.or(config.oom_score_adj)
         && let Err(error) = std::fs::write("/proc/self/oom_score_adj", score.to_string())
     {

@@ -42,6 +42,7 @@ pub fn options(arguments: &NodeOptions, config: &Config) -> anyhow::Result<Optio
             .or_else(|| config.local_traffic.clone())
             .unwrap_or_default(),
         masquerade_all: arguments.masquerade_all || config.masquerade_all,
+        localhost_nodeports: arguments.localhost_nodeports,
     })
 }
 

@@ -100,7 +100,7 @@ impl Sweeper {
             guarded.acquire(contribution);
             served.acquire(contribution);
             if let Contribution::Node(node) = contribution {
-                node_addresses.clone_from(&node.nodeport_cidrs);
+                *node_addresses = [&node.nodeport_cidrs[..], &node.localhost_cidrs].concat();
             }
         }
     }

@@ -56,6 +56,8 @@ pub enum Contribution {
 pub struct NodeElements {
     /// CIDRs at whose local addresses node ports are served.
     pub nodeport_cidrs: Vec<IpNet>,
+    /// Loopback CIDRs at which they are served to the node itself.
+    pub localhost_cidrs: Vec<IpNet>,
     /// The Service network.
     pub service_cidrs: Vec<IpNet>,
     /// The addresses of pods of this node.
@@ -102,6 +104,7 @@ impl Contribution {
             if node.masquerade_all { Vec::new() } else { pod_interfaces.clone() };
         Contribution::Node(Arc::new(NodeElements {
             nodeport_cidrs: both(&|family| node.nodeport_cidrs(family)),
+            localhost_cidrs: both(&|family| node.localhost_cidrs(family)),
             service_cidrs: both(&|family| service_cidrs.of_family(family)),
             pod_cidrs: both(&|family| node.pod_cidrs(family)),
             unmasqueraded: both(&|family| node.unmasqueraded(family)),
@@ -204,8 +207,9 @@ impl Contribution {
 impl NodeElements {
     fn elements(&self, each: &mut impl FnMut(Element)) {
         type OfFamily = fn(Family) -> SetName;
-        let sets: [(OfFamily, &[IpNet]); 4] = [
+        let sets: [(OfFamily, &[IpNet]); 5] = [
             (SetName::NodePortIps, &self.nodeport_cidrs),
+            (|_| SetName::LocalhostIps, &self.localhost_cidrs),
             (SetName::ServiceCidrs, &self.service_cidrs),
             (SetName::PodCidrs, &self.pod_cidrs),
             (SetName::Unmasqueraded, &self.unmasqueraded),

@@ -35,6 +35,7 @@ impl Index {
                 nodeport_addresses: options.nodeport_addresses.clone(),
                 local_traffic: options.local_traffic.clone(),
                 masquerade_all: options.masquerade_all,
+                localhost_nodeports: options.localhost_nodeports,
                 ..NodeContext::new(options.node_name.clone())
             },
             services: BTreeMap::new(),

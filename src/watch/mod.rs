@@ -35,6 +35,8 @@ pub struct Options {
     pub local_traffic: LocalTraffic,
     /// Whether every connection to a cluster IP is masqueraded.
     pub masquerade_all: bool,
+    /// Whether node ports are served to the node itself at its IPv4 loopback addresses.
+    pub localhost_nodeports: bool,
 }
 
 impl Options {
@@ -45,6 +47,7 @@ impl Options {
             nodeport_addresses: NodePortAddresses::Primary,
             local_traffic: LocalTraffic::default(),
             masquerade_all: false,
+            localhost_nodeports: false,
         }
     }
 }

@@ -4,6 +4,7 @@
 mod balancing;
 mod endpoints;
 mod flows;
+mod localhost;
 mod service_network;
 mod sources;
 
