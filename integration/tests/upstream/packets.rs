@@ -12,7 +12,7 @@ use anyhow::{Context, Result, ensure};
 use ipnet::IpNet;
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
-use portcullis::model::{LocalTraffic, Node, NodePortAddresses, Protocol};
+use portcullis::model::{LocalTraffic, Node, NodePortAddresses, Protocol, ServiceCidr};
 use portcullis::plan::Desired;
 use portcullis::ruleset::Contribution;
 use portcullis::watch::{Index, Options, lower};
@@ -94,7 +94,9 @@ impl Case {
             ..Options::new(node_name.clone())
         });
         index.set_node(Node { primary_addresses: vec![self.proxy.node_ip], ..Node::default() });
-        index.set_service_cidrs(self.proxy.service_cidrs.clone());
+        let cidrs = self.proxy.service_cidrs.clone();
+        let cidr = ServiceCidr { cidrs, ..ServiceCidr::default() };
+        index.set_service_cidr(&"kubernetes".into(), Some(cidr));
         for slice in &self.endpoint_slices {
             index.set_slice(&lower::slice_name(slice), lower::slice(slice));
         }
