@@ -197,10 +197,13 @@ pub struct NodeOptions {
     /// list of CIDRs for all of its addresses in them [default: primary].
     #[arg(long, value_name = "primary|CIDR,...", value_parser = nodeport_addresses)]
     pub nodeport_addresses: Option<NodePortAddresses>,
-    /// Pods have addresses in these CIDRs [default: the Node's spec.podCIDRs are those of the pods
-    /// here]. Whoever else connects to a ClusterIP is masqueraded.
+    /// Pods have addresses in these CIDRs. Whoever else connects to a ClusterIP is masqueraded.
     #[arg(long, value_name = "CIDR,...", value_delimiter = ',', group = "local")]
     pub cluster_cidr: Vec<IpNet>,
+    /// Pods of this node have addresses in the Node's spec.podCIDRs. Whoever else connects to a
+    /// ClusterIP is masqueraded.
+    #[arg(long, group = "local")]
+    pub node_cidr: bool,
     /// Connections that come from this bridge are those of the pods here.
     #[arg(long, value_name = "NAME", group = "local", value_parser = interface)]
     pub pod_bridge_interface: Option<String>,

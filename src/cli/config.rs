@@ -174,7 +174,8 @@ fn local_traffic(mode: &str, detect: DetectLocal, cidr: &str) -> anyhow::Result<
             let cidrs = cidrs.map(|cidr| {
                 cidr.parse::<IpNet>().map_err(|_| anyhow!("clusterCIDR: {cidr:?} is not a CIDR"))
             });
-            LocalTraffic::Cidrs(cidrs.collect::<Result<_, _>>()?)
+            let cidrs: Vec<IpNet> = cidrs.collect::<Result<_, _>>()?;
+            if cidrs.is_empty() { LocalTraffic::Unknown } else { LocalTraffic::Cidrs(cidrs) }
         }
         "NodeCIDR" => LocalTraffic::NodeCidrs,
         "BridgeInterface" => {
@@ -277,7 +278,7 @@ oomScoreAdj: -999
     #[test]
     fn local_modes() {
         for (text, expected) in [
-            ("", LocalTraffic::Cidrs(vec![])),
+            ("", LocalTraffic::Unknown),
             ("detectLocalMode: NodeCIDR", LocalTraffic::NodeCidrs),
             (
                 "detectLocalMode: BridgeInterface\ndetectLocal: {bridgeInterface: cni0}",

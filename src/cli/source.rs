@@ -51,6 +51,9 @@ fn local_traffic(arguments: &NodeOptions) -> Option<LocalTraffic> {
     if !arguments.cluster_cidr.is_empty() {
         return Some(LocalTraffic::Cidrs(arguments.cluster_cidr.clone()));
     }
+    if arguments.node_cidr {
+        return Some(LocalTraffic::NodeCidrs);
+    }
     let bridge = arguments.pod_bridge_interface.as_deref();
     let bridge = bridge.map(|name| LocalTraffic::Bridge(name.into()));
     let prefix = || {

@@ -49,8 +49,12 @@ pub enum NodePortAddresses {
 /// How connections of pods on this node are told from others (`detectLocalMode`).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum LocalTraffic {
-    /// By their source, the node's own pod CIDRs ([`Node::pod_cidrs`]).
+    /// Nobody said. The node's own pod CIDRs ([`Node::pod_cidrs`]) tell whom the policy `Local` must
+    /// not leave without endpoints; but as not every network plugin keeps to them, nobody loses its
+    /// address for them.
     #[default]
+    Unknown,
+    /// By their source, the node's own pod CIDRs.
     NodeCidrs,
     /// By their source, in one of these CIDRs.
     Cidrs(Vec<IpNet>),
@@ -106,7 +110,7 @@ impl NodeContext {
     /// disjoint, sorted.
     pub fn pod_cidrs(&self, family: Family) -> Vec<IpNet> {
         let cidrs: &[IpNet] = match &self.local_traffic {
-            LocalTraffic::NodeCidrs => &self.node.pod_cidrs,
+            LocalTraffic::Unknown | LocalTraffic::NodeCidrs => &self.node.pod_cidrs,
             LocalTraffic::Cidrs(cidrs) => cidrs,
             LocalTraffic::Bridge(_) | LocalTraffic::InterfacePrefix(_) => &[],
         };
@@ -120,6 +124,7 @@ impl NodeContext {
             return Vec::new();
         }
         match &self.local_traffic {
+            LocalTraffic::Unknown => vec![family.everything()],
             LocalTraffic::Bridge(_) | LocalTraffic::InterfacePrefix(_) => Vec::new(),
             LocalTraffic::NodeCidrs | LocalTraffic::Cidrs(_) => {
                 let cidrs = self.pod_cidrs(family);

@@ -124,6 +124,12 @@ fn firewall(service: &Service) -> Option<Firewall> {
             })
         })
         .collect();
+    // Answered by a process of the node, and no less a port that the Service opens.
+    node_ports.extend(service.health_check_port.map(|port| NodePort {
+        protocol: Protocol::Tcp,
+        port: port.get(),
+        port_name: "".into(),
+    }));
     node_ports.sort();
     (!node_ports.is_empty()).then_some(Firewall { node_ports, sources })
 }

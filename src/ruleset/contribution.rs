@@ -96,7 +96,7 @@ impl Contribution {
         };
         let service_cidrs = crate::model::CidrSet::new(node.service_cidrs.iter().copied());
         let pod_interfaces: Vec<InterfaceName> = match &node.local_traffic {
-            LocalTraffic::NodeCidrs | LocalTraffic::Cidrs(_) => Vec::new(),
+            LocalTraffic::Unknown | LocalTraffic::NodeCidrs | LocalTraffic::Cidrs(_) => Vec::new(),
             LocalTraffic::Bridge(name) => vec![InterfaceName::Exact(name.clone())],
             LocalTraffic::InterfacePrefix(prefix) => vec![InterfaceName::Prefix(prefix.clone())],
         };

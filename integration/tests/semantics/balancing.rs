@@ -21,7 +21,7 @@ fn clients_keep_their_endpoint() -> Result<()> {
     manifest.endpoints = lab.pods.iter().flat_map(Endpoint::of).collect();
     manifest.endpoints.extend(Endpoint::elsewhere(lab));
     manifest.write(&world.manifests)?;
-    let daemon = world.daemon(&[])?;
+    let daemon = world.daemon(&["--node-cidr"])?;
 
     let clients = [&lab.allowed, &lab.refused, &lab.node];
     let mut chosen = Vec::new();
@@ -39,7 +39,7 @@ fn clients_keep_their_endpoint() -> Result<()> {
 
     // Also after a restart of the daemon.
     daemon.kill()?;
-    let _daemon = world.daemon(&[])?;
+    let _daemon = world.daemon(&["--node-cidr"])?;
     for (client, to, protocol, before) in &chosen {
         let now = answers(client, *to, *protocol, 2)?;
         ensure!(now == *before, "{} -> {to}: {now:?} after {before:?}", client.name());
@@ -86,7 +86,7 @@ fn clients_are_forgotten_in_time() -> Result<()> {
         }),
     );
     manifest.write(&world.manifests)?;
-    let _daemon = world.daemon(&[])?;
+    let _daemon = world.daemon(&["--node-cidr"])?;
     let to = targets(lab, &manifest, 20)[0];
     let mut seen = BTreeSet::new();
     // Each time by chance one of two: thirty times the same one in a billion tries.
@@ -100,6 +100,37 @@ fn clients_are_forgotten_in_time() -> Result<()> {
 }
 
 #[test]
+fn affinity_gives_way_to_the_policy_local() -> Result<()> {
+    let Some(world) = World::new(2)? else { return Ok(()) };
+    let lab = &world.lab;
+    let _servers = servers(lab)?;
+    let mut manifest = exposed(20, lab, &json!({ "sessionAffinity": "ClientIP" }));
+    manifest.endpoints = Endpoint::elsewhere(lab).to_vec();
+    manifest.write(&world.manifests)?;
+    let _daemon = world.daemon(&["--node-cidr"])?;
+    let to = targets(lab, &manifest, 20);
+    for to in &to {
+        let by = answers(&lab.allowed, *to, Protocol::Tcp, 2)?;
+        ensure!(by == BTreeSet::from([ELSEWHERE.to_owned()]), "{to}: {by:?}");
+    }
+    manifest.endpoints.extend(lab.pods.iter().flat_map(Endpoint::of));
+    manifest.extra["spec"]["externalTrafficPolicy"] = json!("Local");
+    manifest.write(&world.manifests)?;
+    for to in &to {
+        let is_cluster_ip = manifest.cluster_ips.contains(&to.ip());
+        let mut last = BTreeSet::new();
+        let settled = eventually(NOTICE, || {
+            last = answers(&lab.allowed, *to, Protocol::Tcp, 4).unwrap_or_default();
+            // The ClusterIP is none of that policy's business, so the client keeps what it has.
+            let here = last.iter().all(|name| HERE.contains(&name.as_str()));
+            last.len() == 1 && here != is_cluster_ip
+        });
+        ensure!(settled, "{to}: {last:?}");
+    }
+    Ok(())
+}
+
+#[test]
 fn the_hash_of_a_client_chooses() -> Result<()> {
     let Some(world) = World::new(2)? else { return Ok(()) };
     let lab = &world.lab;
@@ -107,7 +138,7 @@ fn the_hash_of_a_client_chooses() -> Result<()> {
     let mut manifest = exposed(20, lab, &json!({}));
     manifest.extra["metadata"]["annotations"]["portcullis.dev/balancing"] = json!("source-hash");
     manifest.write(&world.manifests)?;
-    let _daemon = world.daemon(&[])?;
+    let _daemon = world.daemon(&["--node-cidr"])?;
     for to in targets(lab, &manifest, 20) {
         for client in [&lab.allowed, &lab.refused, &lab.node] {
             let by = answers(client, to, Protocol::Tcp, 8)?;
@@ -140,7 +171,7 @@ fn a_canary_gets_its_share() -> Result<()> {
     }
     let file = world.manifests.join("web-20.json");
     replace(&file, &list.to_string())?;
-    let _daemon = world.daemon(&[])?;
+    let _daemon = world.daemon(&["--node-cidr"])?;
     for to in targets(lab, &manifest, 20) {
         let tally = probe_many(&lab.allowed, to, Protocol::Udp, 200)?;
         distribution::assert_fits(&tally, &[(HERE[0], 9), (HERE[1], 1)]);
