@@ -24,9 +24,14 @@ impl Flows {
         flows.collect::<Result<_>>().map(Flows)
     }
 
-    /// Who answers each flow now.
+    /// Who answers each flow now. All are asked at once: that nobody answers is known after a second
+    /// only.
     fn answers(&mut self) -> Result<Vec<Outcome>> {
-        self.0.iter_mut().map(|(_, flow)| flow.exchange()).collect()
+        std::thread::scope(|scope| {
+            let flows = self.0.iter_mut();
+            let asked: Vec<_> = flows.map(|(_, flow)| scope.spawn(|| flow.exchange())).collect();
+            asked.into_iter().map(|thread| thread.join().expect("no panic")).collect()
+        })
     }
 
     /// Waits until all flows are answered so.
