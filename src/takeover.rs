@@ -54,8 +54,8 @@ pub fn remove_leftovers() -> Result<Vec<String>, Error> {
 fn remove_tables(removed: &mut Vec<String>) -> Result<(), Error> {
     let mut socket = Socket::open().map_err(Error::Netlink)?;
     for (family, name) in [(Family::V4, "ip"), (Family::V6, "ip6")] {
-        let mut batch = Batch::new(TABLE);
-        batch.delete_other_table(family, TABLE);
+        let mut batch = Batch::of_family(family, TABLE);
+        batch.delete_table();
         match socket.commit(batch) {
             Ok(()) => removed.push(format!("table {name} {TABLE}")),
             Err(netlink::Error::Refused(refusals))
