@@ -265,7 +265,7 @@ struct Removal {
 }
 
 /// What is kube-proxy's in a listing by `iptables-save`, by table. A chain that somebody else's
-/// chain leads to stays (old CNI plugins use `KUBE-MARK-MASQ`).
+/// chain leads to stays (old CNI plugins use `KUBE-MARK-MASQ`), with all that it leads to itself.
 fn removals(saved: &str) -> BTreeMap<String, Removal> {
     let mut tables: BTreeMap<String, Vec<&str>> = BTreeMap::new();
     let mut current = None;
@@ -287,21 +287,29 @@ fn removals(saved: &str) -> BTreeMap<String, Removal> {
 fn removal(table: &str, lines: &[&str]) -> Option<Removal> {
     let names = lines.iter().filter_map(|line| line.strip_prefix(':')?.split(' ').next());
     let mut chains: BTreeSet<&str> = names.filter(|name| is_kube_proxys(name)).collect();
-    let rules = || lines.iter().filter_map(|line| Some((*line, rule(line)?)));
-    let foreign: BTreeSet<&str> = rules()
-        .filter(|(_, (chain, _))| !is_built_in(chain) && !is_kube_proxys(chain))
-        .filter_map(|(_, (_, target))| target)
-        .collect();
-    chains.retain(|chain| !foreign.contains(chain));
+    let mut targets: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for (chain, target) in lines.iter().filter_map(|line| rule(line)) {
+        targets.entry(chain).or_default().extend(target);
+    }
+    let others = targets.iter().filter(|(chain, _)| !is_built_in(chain) && !is_kube_proxys(chain));
+    let mut wanted: Vec<&str> = others.flat_map(|(_, targets)| targets).copied().collect();
+    while let Some(chain) = wanted.pop() {
+        // The kernel deletes no chain that a rule leads to.
+        if chains.remove(chain) {
+            wanted.extend(targets.get(chain).into_iter().flatten());
+        }
+    }
     if chains.is_empty() {
         return None;
     }
     // Only what leads there: the rules of its own chains go with them.
-    let leading: Vec<&str> = rules()
-        .filter(|(_, (chain, _))| is_built_in(chain))
-        .filter(|(_, (_, target))| target.is_some_and(|target| chains.contains(target)))
-        .map(|(line, _)| line)
-        .collect();
+    let leading = |line: &str| {
+        let leads = |(chain, target): (&str, Option<&str>)| {
+            is_built_in(chain) && target.is_some_and(|target| chains.contains(target))
+        };
+        rule(line).is_some_and(leads)
+    };
+    let leading: Vec<&str> = lines.iter().copied().filter(|line| leading(line)).collect();
     let mut script = format!("*{table}\n");
     for chain in &chains {
         let _ = writeln!(script, ":{chain} - [0:0]"); // makes it empty
@@ -331,9 +339,9 @@ fn is_built_in(chain: &str) -> bool {
     ["PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"].contains(&chain)
 }
 
-/// Whether a chain is one that kube-proxy makes (`pkg/proxy/iptables`, `pkg/proxy/ipvs`), and not
-/// the kubelet.
-fn is_kube_proxys(chain: &str) -> bool {
+/// Whether a chain of iptables is one that kube-proxy makes (`pkg/proxy/iptables`, `pkg/proxy/ipvs`),
+/// and not the kubelet.
+pub fn is_kube_proxys(chain: &str) -> bool {
     const NAMES: [&str; 13] = [
         "KUBE-EXTERNAL-SERVICES",
         "KUBE-FORWARD",
@@ -409,5 +417,42 @@ COMMIT
         );
         assert!(super::removals("*nat\n:PREROUTING ACCEPT [0:0]\nCOMMIT\n").is_empty());
         assert!(super::removals("").is_empty());
+    }
+
+    #[test]
+    fn what_somebody_else_leads_to_stays() {
+        let saved = "\
+*nat
+:PREROUTING ACCEPT [0:0]
+:CUSTOM - [0:0]
+:KUBE-MARK-MASQ - [0:0]
+:KUBE-NODEPORTS - [0:0]
+:KUBE-SEP-A - [0:0]
+:KUBE-SEP-B - [0:0]
+:KUBE-SERVICES - [0:0]
+:KUBE-SVC-A - [0:0]
+:KUBE-SVC-B - [0:0]
+-A PREROUTING -j KUBE-SERVICES
+-A PREROUTING -j CUSTOM
+-A PREROUTING -j KUBE-SVC-A
+-A CUSTOM -p tcp -g KUBE-SVC-A
+-A KUBE-SERVICES -j KUBE-SVC-A
+-A KUBE-SERVICES -j KUBE-SVC-B
+-A KUBE-SERVICES -j KUBE-NODEPORTS
+-A KUBE-SVC-A ! -s 10.244.0.0/16 -j KUBE-MARK-MASQ
+-A KUBE-SVC-A -j KUBE-SEP-A
+-A KUBE-SVC-B -j KUBE-SEP-B
+-A KUBE-SEP-A -j KUBE-MARK-MASQ
+-A KUBE-SEP-A -p tcp -j DNAT --to-destination 10.244.0.5:80
+-A KUBE-SEP-B -j KUBE-MARK-MASQ
+-A KUBE-MARK-MASQ -j MARK --set-xmark 0x4000/0x4000
+COMMIT
+";
+        assert_eq!(
+            removals(saved)["nat"].script,
+            "*nat\n:KUBE-NODEPORTS - [0:0]\n:KUBE-SEP-B - [0:0]\n:KUBE-SERVICES - [0:0]\n\
+             :KUBE-SVC-B - [0:0]\n-D PREROUTING -j KUBE-SERVICES\n\
+             -X KUBE-NODEPORTS\n-X KUBE-SEP-B\n-X KUBE-SERVICES\n-X KUBE-SVC-B\nCOMMIT\n"
+        );
     }
 }

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use portcullis::takeover::is_kube_proxys;
 use portcullis_integration::controlplane::{ControlPlane, objects};
 use portcullis_integration::daemon::{NODE_NAME, command, follow_cluster};
 use portcullis_integration::lab::{FAMILIES, Lab, eventually};
@@ -216,9 +217,16 @@ fn take_over(mode: &str, removed: &[&str]) -> Result<()> {
     let ruleset = lab.node.run(&["nft", "list", "tables"])?;
     ensure!(!ruleset.contains("kube-proxy"), "{ruleset}");
     if mode == "iptables" {
-        for program in ["iptables-nft-save", "iptables-legacy-save", "ip6tables-nft-save"] {
-            let left = lab.node.run(&[program])?;
-            ensure!(!left.contains("KUBE-S") && !left.contains("KUBE-NODEPORTS"), "{left}");
+        for program in [
+            "iptables-nft-save",
+            "iptables-legacy-save",
+            "ip6tables-nft-save",
+            "ip6tables-legacy-save",
+        ] {
+            let listing = lab.node.run(&[program])?;
+            let chains = listing.lines().filter_map(|line| line.strip_prefix(':'));
+            let mut names = chains.filter_map(|chain| chain.split(' ').next());
+            ensure!(!names.any(is_kube_proxys), "{program}: {listing}");
         }
     }
     println!("{mode}: {asked} connections, none failed");
