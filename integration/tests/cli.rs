@@ -78,7 +78,7 @@ ipvs: {strictARP: true}
     ensure!(output.status.success(), "{said}");
     ensure!(ruleset.contains("elements = { 192.0.2.0/24 }"), "{ruleset}");
     ensure!(ruleset.contains("elements = { 10.244.0.0/16 }"), "{ruleset}");
-    for field in ["mode", "ipvs"] {
+    for field in ["mode", "ipvs.strictARP"] {
         ensure!(said.contains(&format!("field=\"{field}\"")), "{field} is not named: {said}");
     }
     // What is asked for on the command line counts.
@@ -88,6 +88,30 @@ ipvs: {strictARP: true}
     fs::remove_file(&file)?;
     let output = command(&["plan", "--config", &paths[0], "--file", &paths[1]])?.output()?;
     expect_cannot(&output, "config.yaml")
+}
+
+#[test]
+fn external_addresses_can_be_closed() -> Result<()> {
+    let directory = scratch("external")?;
+    let file = directory.path().join("config.yaml");
+    fs::write(
+        &file,
+        "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n\
+         featureGates: {AllowServiceExternalIPs: false}\n",
+    )?;
+    let config = file.to_string_lossy();
+    let manifests = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/load-balancer");
+    for (more, served) in
+        [(&[][..], true), (&["--no-external-ips"], false), (&["--config", &config], false)]
+    {
+        let arguments = [&["plan", "--node-name", "node-1", "--file", manifests], more].concat();
+        let output = command(&arguments)?.output()?;
+        let (ruleset, said) = (text(&output.stdout), text(&output.stderr));
+        ensure!(output.status.success(), "{more:?}: {said}");
+        ensure!(ruleset.contains("198.51.100.7") == served, "{more:?}: {ruleset}");
+        ensure!(said.contains("spec.externalIPs: not served") != served, "{more:?}: {said}");
+    }
+    Ok(())
 }
 
 #[test]

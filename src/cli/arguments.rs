@@ -217,6 +217,10 @@ pub struct NodeOptions {
     /// `net.ipv4.conf.all.route_localnet`, and drops what comes from elsewhere with such addresses.
     #[arg(long)]
     pub localhost_nodeports: bool,
+    /// Serve no `externalIPs`: whoever may write a Service may claim any address there
+    /// (CVE-2020-8554). The same as kube-proxy's feature gate `AllowServiceExternalIPs=false`.
+    #[arg(long)]
+    pub no_external_ips: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
