@@ -11,7 +11,7 @@ use portcullis::model::{LocalTraffic, NodePortAddresses};
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::arguments::{self, Bind};
+use super::arguments::{self, Bind, Timeout};
 
 /// The `apiVersion` and `kind` of such a file.
 const API_VERSION: &str = "kubeproxy.config.k8s.io/v1alpha1";
@@ -43,11 +43,11 @@ pub struct Config {
 pub struct Conntrack {
     pub max_per_core: Option<u32>,
     pub min: Option<u32>,
-    pub tcp_established_timeout: Option<kube::core::Duration>,
-    pub tcp_close_wait_timeout: Option<kube::core::Duration>,
+    pub tcp_established_timeout: Option<Timeout>,
+    pub tcp_close_wait_timeout: Option<Timeout>,
     pub tcp_be_liberal: bool,
-    pub udp_timeout: Option<kube::core::Duration>,
-    pub udp_stream_timeout: Option<kube::core::Duration>,
+    pub udp_timeout: Option<Timeout>,
+    pub udp_stream_timeout: Option<Timeout>,
 }
 
 /// The fields that are read. Each may be missing, null or empty.
@@ -109,7 +109,9 @@ pub fn read(path: &Path) -> anyhow::Result<Config> {
 fn parse(text: &str) -> anyhow::Result<(Config, Vec<String>)> {
     let value: Value = serde_saphyr::from_str(text).context("is not YAML")?;
     let mut unused = Vec::new();
-    let read = serde_ignored::deserialize(&value, |path| {
+    let mut track = serde_path_to_error::Track::new();
+    let tracked = serde_path_to_error::Deserializer::new(&value, &mut track);
+    let read = serde_ignored::deserialize(tracked, |path| {
         let path = path.to_string();
         // Options of the file's own stand in the path as question marks.
         let path = path.replace(".?", "");
@@ -117,7 +119,8 @@ fn parse(text: &str) -> anyhow::Result<(Config, Vec<String>)> {
             name_what_is_said(path, value, &mut unused);
         }
     });
-    let file: File = read?;
+    let file: File =
+        read.map_err(|error: serde_json::Error| anyhow!("{}: {error}", track.path()))?;
     if file.api_version != API_VERSION || file.kind != KIND {
         bail!(
             "apiVersion {:?}, kind {:?}: expected {API_VERSION}, {KIND}",
@@ -352,7 +355,20 @@ nftables: {{syncPeriod: 10s}}
             (&*format!("{HEAD}detectLocalMode: BridgeInterface"), "detectLocal.bridgeInterface"),
             (&*format!("{HEAD}detectLocalMode: Guess"), "detectLocalMode: \"Guess\""),
             (&*format!("{HEAD}healthzBindAddress: here"), "healthzBindAddress: \"here\""),
-            (&*format!("{HEAD}oomScoreAdj: high"), "high"),
+            (&*format!("{HEAD}oomScoreAdj: high"), "oomScoreAdj: invalid type: string \"high\""),
+            (&*format!("{HEAD}conntrack: {{min: -1}}"), "conntrack.min: invalid value"),
+            (
+                &*format!("{HEAD}conntrack: {{udpTimeout: -1h}}"),
+                "conntrack.udpTimeout: \"-1h\" is negative",
+            ),
+            (
+                &*format!("{HEAD}conntrack: {{udpStreamTimeout: 999999h}}"),
+                "conntrack.udpStreamTimeout: \"999999h\" is longer than a year",
+            ),
+            (
+                &*format!("{HEAD}featureGates: {{AllowServiceExternalIPs: maybe}}"),
+                "featureGates.AllowServiceExternalIPs: invalid type",
+            ),
         ] {
             let error = format!("{:#}", parse(text).unwrap_err());
             assert!(error.contains(expected), "{text:?}: {error}");

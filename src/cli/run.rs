@@ -14,7 +14,7 @@ use portcullis::{conflicts, refused, ruleset, sysctl};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
-use super::arguments::{Bind, RunOptions};
+use super::arguments::{Bind, RunOptions, Timeout};
 use super::config::Config;
 use super::kernel::{explain_commit, open_worker};
 use super::source::{Source, config, open, options};
@@ -72,8 +72,8 @@ pub fn run(arguments: &RunOptions) -> anyhow::Result<Verdict> {
 fn tune(arguments: &RunOptions, config: &Config) {
     let (flags, file) = (&arguments.conntrack, &config.conntrack);
     let default = sysctl::Conntrack::default();
-    let time = |flag: Option<kube::core::Duration>, file: Option<_>, default| {
-        flag.or(file).map_or(default, std::time::Duration::from)
+    let time = |flag: Option<Timeout>, file: Option<_>, default| {
+        flag.or(file).map_or(default, Timeout::duration)
     };
     let conntrack = sysctl::Conntrack {
         max_per_core: flags.max_per_core.or(file.max_per_core).unwrap_or(default.max_per_core),
