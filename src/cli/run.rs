@@ -11,10 +11,11 @@ use portcullis::model::Severity;
 use portcullis::report::Reporter;
 use portcullis::watch::{Index, Options, cluster, manifests};
 use portcullis::{conflicts, refused, ruleset, sysctl};
+use procfs::{CpuInfo, Current};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
-use super::arguments::{Bind, RunOptions};
+use super::arguments::{Bind, RunOptions, Timeout};
 use super::config::Config;
 use super::kernel::{explain_commit, open_worker};
 use super::source::{Source, config, open, options};
@@ -23,7 +24,6 @@ use super::{Verdict, print};
 pub fn run(arguments: &RunOptions) -> anyhow::Result<Verdict> {
     let config = config(&arguments.node)?;
     let options = options(&arguments.node, &config)?;
-    tune(arguments, &config);
     let reporter = Reporter::new(options.node_name.clone());
     let (checks, asked) = health::services::checks();
     let (served, listeners) = conflicts::served();
@@ -33,6 +33,13 @@ pub fn run(arguments: &RunOptions) -> anyhow::Result<Verdict> {
         checks.commit(&report);
         seen.commit(&report);
     })?;
+    // Now that it is known to have the rights. What is asked for by name holds for --once, too.
+    if arguments.node.localhost_nodeports {
+        sysctl::route_localnet();
+    }
+    if !arguments.once {
+        tune(arguments, &config);
+    }
     // The work is in the committing thread; this only waits for events.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -68,12 +75,13 @@ pub fn run(arguments: &RunOptions) -> anyhow::Result<Verdict> {
     })
 }
 
-/// Makes the settings of the machine that were asked for. None is worth ending for.
+/// Makes the settings of the machine and of this process for as long as it runs. None is worth
+/// ending for.
 fn tune(arguments: &RunOptions, config: &Config) {
     let (flags, file) = (&arguments.conntrack, &config.conntrack);
     let default = sysctl::Conntrack::default();
-    let time = |flag: Option<kube::core::Duration>, file: Option<_>, default| {
-        flag.or(file).map_or(default, std::time::Duration::from)
+    let time = |flag: Option<Timeout>, file: Option<_>, default| {
+        flag.or(file).map_or(default, Timeout::duration)
     };
     let conntrack = sysctl::Conntrack {
         max_per_core: flags.max_per_core.or(file.max_per_core).unwrap_or(default.max_per_core),
@@ -92,10 +100,8 @@ fn tune(arguments: &RunOptions, config: &Config) {
         udp: time(flags.udp_timeout, file.udp_timeout, default.udp),
         udp_stream: time(flags.udp_timeout_stream, file.udp_stream_timeout, default.udp_stream),
     };
-    conntrack.apply(std::thread::available_parallelism().map_or(1, usize::from));
-    if arguments.node.localhost_nodeports {
-        sysctl::route_localnet();
-    }
+    // Those of the machine, not those that this process may use.
+    conntrack.apply(CpuInfo::current().map_or(1, |cpus| cpus.num_cores()));
     if let Some(score) = arguments.oom_score_adj.or(config.oom_score_adj)
         && let Err(error) = std::fs::write("/proc/self/oom_score_adj", score.to_string())
     {

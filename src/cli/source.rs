@@ -43,6 +43,7 @@ pub fn options(arguments: &NodeOptions, config: &Config) -> anyhow::Result<Optio
             .unwrap_or_default(),
         masquerade_all: arguments.masquerade_all || config.masquerade_all,
         localhost_nodeports: arguments.localhost_nodeports,
+        external_ips: !(arguments.no_external_ips || config.no_external_ips),
     })
 }
 
