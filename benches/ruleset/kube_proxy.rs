@@ -44,7 +44,7 @@ pub fn run(job: &Job) -> Result<Vec<Measurement>> {
 
     let [mut replaced, mut counted, mut added, mut removed] = [(); 4].map(|()| Outcome::default());
     for turn in 0..job.changes {
-        let index = 1 + turn * 7_919 % (job.size.services - 1);
+        let index = cluster.chosen(turn, usize::MAX);
         cluster.replace_endpoint(index);
         commit(&endpoints_changed(&cluster, index), &mut replaced)?;
 
@@ -53,7 +53,7 @@ pub fn run(job: &Job) -> Result<Vec<Measurement>> {
         cluster.slices[index].endpoints.push(gone);
         commit(&endpoints_changed(&cluster, index), &mut counted)?;
 
-        let index = cluster.push();
+        let index = cluster.push(index);
         commit(&service_added(&cluster, index), &mut added)?;
         commit(&service_removed(&cluster, index), &mut removed)?;
         // kube-proxy deletes the chain a second later, in a transaction of its own.
