@@ -81,7 +81,8 @@ struct Results {
 const LIMIT: Duration = Duration::from_secs(15 * 60);
 /// The same at 44,125 Services in kube-proxy's shape.
 const LARGE_LIMIT: Duration = Duration::from_secs(60 * 60);
-/// How many changes of each kind the ruleset in kube-proxy's shape gets.
+/// How many changes of each kind the ruleset in kube-proxy's shape gets. In a mixed cluster each is
+/// of another kind of Service.
 const KUBE_PROXY_CHANGES: usize = 10;
 
 fn main() -> ExitCode {
@@ -226,6 +227,11 @@ fn jobs(options: &Options) -> Vec<(Job, usize)> {
         {
             jobs.push((mixed(job(Portcullis, what, (size.0, 3), 0, changes)), 1));
         }
+    }
+    for &size in loads.iter().filter(|(services, _)| *services <= 10_000) {
+        jobs.push((mixed(job(KubeProxyShape, What::ColdLoad, size, 0, 0)), repetitions.min(3)));
+        let changes = KUBE_PROXY_CHANGES;
+        jobs.push((mixed(job(KubeProxyShape, What::ColdLoad, (size.0, 3), 0, changes)), 1));
     }
     if options.kube_proxy_large {
         jobs.push((job(KubeProxyShape, What::ColdLoad, (44_125, 3), 0, 3), 1));
