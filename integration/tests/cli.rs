@@ -140,23 +140,26 @@ fn limits_of_connection_tracking_are_set() -> Result<()> {
     expect_cannot(&lab.node.output(unprivileged)?, "CAP_NET_ADMIN")?;
     ensure!(limits()? == before, "{:?}, not {before:?}", limits());
 
-    let run = |more: &[&str], expected: [&str; 3]| -> Result<()> {
+    let run = |more: &[&str], expected: [&str; 3], score: &str| -> Result<()> {
         let directory = manifests.to_string_lossy().into_owned();
         let arguments = [&["--manifests", &directory], more].concat();
         let daemon = follow(&lab, &arguments)?;
         let set = || limits().is_ok_and(|limits| limits == expected);
         ensure!(eventually(Duration::from_secs(10), set), "{:?}, not {expected:?}", limits());
+        let now = fs::read_to_string(format!("/proc/{}/oom_score_adj", daemon.pid()))?;
+        ensure!(now.trim() == score, "oom_score_adj is {}, not {score}", now.trim());
         daemon.terminate(Duration::from_secs(10))?;
         Ok(())
     };
-    run(&[], ["86400", "3600", &udp])?;
+    let own = fs::read_to_string("/proc/self/oom_score_adj")?;
+    run(&[], ["86400", "3600", &udp], own.trim())?;
     let arguments = [
         "--conntrack-tcp-timeout-established=2h",
         "--conntrack-tcp-timeout-close-wait=0s",
         "--conntrack-udp-timeout=1m30s",
         "--oom-score-adj=500",
     ];
-    run(&arguments, ["7200", "3600", "90"])
+    run(&arguments, ["7200", "3600", "90"], "500")
 }
 
 #[test]
