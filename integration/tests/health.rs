@@ -1,11 +1,12 @@
 //! What the daemon answers over HTTP: to load balancers, to probes, and to whoever collects metrics.
 
 use std::fs;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpStream};
 use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use portcullis::health::Connections;
 use portcullis_integration::daemon::follow_manifests;
 use portcullis_integration::lab::{FAMILIES, Lab, Process, eventually};
 use portcullis_integration::manifest::{Endpoint, Manifest, Port, replace, write_node};
@@ -202,6 +203,42 @@ fn probes_are_told_whether_the_proxy_works() -> Result<()> {
     ensure!(eventually(NOTICE, || status("/healthz") == Some(200)), "{:?}", ask("/healthz"));
     ensure!(http_get(&world.lab.node, local(10249), "/proxyMode")?.body == "nftables");
     Ok(())
+}
+
+#[test]
+fn idle_connections_keep_nobody_from_an_answer() -> Result<()> {
+    let Some(world) = World::new()? else { return Ok(()) };
+    world.web.write(&world.manifests)?;
+    let daemon = world.daemon()?;
+    world.becomes(2)?;
+    let descriptors = || Ok::<_, std::io::Error>(fs::read_dir(descriptors_of(&daemon))?.count());
+    let before = descriptors()?;
+    let mut idle = Vec::new();
+    for port in [CHECK_PORT, 10256] {
+        let to = SocketAddr::new(world.lab.node.v4.into(), port);
+        let connect = || TcpStream::connect_timeout(&to, NOTICE);
+        world.lab.refused.enter(|| {
+            for _ in 0..2 * Connections::MOST {
+                idle.push(connect().with_context(|| format!("connection {}", idle.len()))?);
+            }
+            anyhow::Ok(())
+        })?;
+        let now = descriptors()?;
+        // Of what is about to be closed, each listener has one in hand.
+        ensure!(now <= before + Connections::MOST + 10, "{before} descriptors, then {now}");
+        world.becomes(2)?;
+        for answer in world.check(10256, "/healthz") {
+            ensure!(answer?.status == 200);
+        }
+    }
+    let closed = || descriptors().is_ok_and(|now| now <= before);
+    ensure!(eventually(NOTICE, closed), "{before} descriptors, now {:?}", descriptors());
+    Ok(())
+}
+
+/// The directory that lists them.
+fn descriptors_of(process: &Process) -> String {
+    format!("/proc/{}/fd", process.pid())
 }
 
 #[test]

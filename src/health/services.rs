@@ -19,8 +19,8 @@ use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 
-use super::Health;
 use super::server::answer;
+use super::{Connections, Health};
 use crate::commit::Report;
 use crate::model::{Diagnostic, Family, NodeContext, ObjectKind, ObjectRef, ServiceName, Severity};
 use crate::plan::HealthCheck;
@@ -59,7 +59,7 @@ impl Checks {
 }
 
 /// Answers for all Services that are told of, for ever.
-pub async fn serve(mut told: Told, health: Health, reporter: Reporter) {
+pub async fn serve(mut told: Told, connections: Connections, health: Health, reporter: Reporter) {
     let mut servers: HashMap<ServiceName, Server> = HashMap::new();
     let mut node = reporter.watch_node();
     let mut look = tokio::time::interval(LOOK);
@@ -77,7 +77,7 @@ pub async fn serve(mut told: Told, health: Health, reporter: Reporter) {
                 };
                 let server = servers.entry(service.clone()).or_default();
                 server.set(&check);
-                server.listen(&service, &addresses, &health, &reporter);
+                server.listen(&service, &addresses, &connections, &health, &reporter);
             }
             changed = node.changed() => {
                 if changed.is_err() {
@@ -85,13 +85,13 @@ pub async fn serve(mut told: Told, health: Health, reporter: Reporter) {
                 }
                 addresses = node.borrow().as_ref().map(|node| served_at(node)).unwrap_or_default();
                 for (service, server) in &mut servers {
-                    server.listen(service, &addresses, &health, &reporter);
+                    server.listen(service, &addresses, &connections, &health, &reporter);
                 }
             }
             _ = look.tick(), if !servers.is_empty() => {
                 addresses = node.borrow().as_ref().map(|node| served_at(node)).unwrap_or_default();
                 for (service, server) in &mut servers {
-                    server.listen(service, &addresses, &health, &reporter);
+                    server.listen(service, &addresses, &connections, &health, &reporter);
                 }
             }
         }
@@ -135,6 +135,7 @@ impl Server {
         &mut self,
         service: &ServiceName,
         addresses: &BTreeSet<IpAddr>,
+        connections: &Connections,
         health: &Health,
         reporter: &Reporter,
     ) {
@@ -158,10 +159,9 @@ impl Server {
             match bind(address_and_port) {
                 Ok(listener) => {
                     let routes = routes(service, local, health);
-                    let serving = tokio::spawn(async move {
-                        // It ends only with its task.
-                        let _ = axum::serve(listener, routes).await;
-                    });
+                    let connections = connections.clone();
+                    let serving =
+                        tokio::spawn(async move { connections.answer(&listener, &routes).await });
                     self.listeners.insert(address, serving.abort_handle());
                 }
                 Err(error) => failed.push(format!("{address_and_port}: {error}")),
