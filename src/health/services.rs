@@ -63,6 +63,7 @@ pub async fn serve(mut told: Told, connections: Connections, health: Health, rep
     let mut servers: HashMap<ServiceName, Server> = HashMap::new();
     let mut node = reporter.watch_node();
     let mut look = tokio::time::interval(LOOK);
+    look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut addresses = BTreeSet::new();
     loop {
         tokio::select! {
