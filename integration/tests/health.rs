@@ -60,12 +60,18 @@ impl World {
 
     /// Waits until both say that so many endpoints are here.
     fn becomes(&self, count: usize) -> Result<()> {
+        self.becomes_of("web", count)
+    }
+
+    /// Waits until both say that so many endpoints of a Service are here.
+    fn becomes_of(&self, name: &str, count: usize) -> Result<()> {
         let mut last = Vec::new();
         let settled = eventually(NOTICE, || {
             last = self.check(CHECK_PORT, "/").into_iter().collect();
-            last.iter().all(|answer| answer.as_ref().is_ok_and(|answer| says(answer, count)))
+            last.iter()
+                .all(|answer| answer.as_ref().is_ok_and(|answer| says_of(answer, name, count)))
         });
-        ensure!(settled, "not {count}: {last:?}");
+        ensure!(settled, "not {count} of {name}: {last:?}");
         Ok(())
     }
 
@@ -92,9 +98,13 @@ fn local(port: u16) -> SocketAddr {
 
 /// Whether an answer is that of kube-proxy for so many endpoints.
 fn says(answer: &Response, count: usize) -> bool {
+    says_of(answer, "web", count)
+}
+
+fn says_of(answer: &Response, name: &str, count: usize) -> bool {
     let header = |name: &str| answer.headers.get(name).map(String::as_str);
     let expected = json!({
-        "service": { "namespace": "shop", "name": "web" },
+        "service": { "namespace": "shop", "name": name },
         "localEndpoints": count,
         "serviceProxyHealthy": true,
     });
@@ -164,6 +174,23 @@ fn a_port_that_is_taken_is_said_and_tried_again() -> Result<()> {
     ensure!(daemon.tail().contains("cannot listen at"), "{}", daemon.tail());
     drop(server);
     world.becomes(2)
+}
+
+#[test]
+fn a_port_changes_hands_without_an_error() -> Result<()> {
+    let Some(world) = World::new()? else { return Ok(()) };
+    let file = world.manifests.join("web.json");
+    world.web.write(&world.manifests)?;
+    let daemon = world.daemon()?;
+    world.becomes(2)?;
+    // Names that sort before and after the one that goes.
+    for name in ["api", "web", "zoo", "web"] {
+        let next = Manifest { name: name.to_owned(), ..world.web.clone() };
+        replace(&file, &next.list().to_string())?;
+        world.becomes_of(name, 2)?;
+    }
+    ensure!(!daemon.stderr().contains("cannot listen"), "{}", daemon.tail());
+    Ok(())
 }
 
 #[test]
