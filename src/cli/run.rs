@@ -5,7 +5,7 @@ use std::thread::JoinHandle;
 use anyhow::Context;
 use axum::Router;
 use portcullis::commit::{Adoption, Committer, Worker};
-use portcullis::health::{self, Health, server};
+use portcullis::health::{self, Connections, Health, server};
 use portcullis::metrics::Metrics;
 use portcullis::model::Severity;
 use portcullis::report::Reporter;
@@ -54,16 +54,18 @@ pub fn run(arguments: &RunOptions) -> anyhow::Result<Verdict> {
             let (committer, thread) = Committer::start(worker);
             let health = Health::new(committer.pulse(), reporter.clone());
             let metrics = Metrics { pulse: committer.pulse(), reporter: reporter.clone(), served };
+            let connections = Connections::default();
             let at = |flag: Option<Bind>, file: Option<Bind>, default: ([u8; 4], u16)| {
                 flag.or(file).unwrap_or(Bind(Some(default.into())))
             };
             let file = config.healthz_bind_address;
             let address = at(arguments.healthz_bind_address, file, ([0; 4], 10256));
-            listen("health checks", address, server::routes(&health));
+            listen("health checks", address, server::routes(&health), &connections);
             let file = config.metrics_bind_address;
             let address = at(arguments.metrics_bind_address, file, ([127, 0, 0, 1], 10249));
-            listen("metrics", address, metrics.routes());
-            tokio::spawn(health::services::serve(asked, health, reporter.clone()));
+            listen("metrics", address, metrics.routes(), &connections);
+            let reports = reporter.clone();
+            tokio::spawn(health::services::serve(asked, connections, health, reports));
             tokio::spawn(conflicts::watch(listeners, reporter.clone()));
             if let Source::Cluster(client) = &source {
                 let (client, name) = (client.clone(), options.node_name.clone());
@@ -110,9 +112,9 @@ fn tune(arguments: &RunOptions, config: &Config) {
 }
 
 /// Answers at an address, if there is one, for as long as the process runs.
-fn listen(what: &'static str, Bind(address): Bind, routes: Router) {
+fn listen(what: &'static str, Bind(address): Bind, routes: Router, connections: &Connections) {
     if let Some(address) = address {
-        tokio::spawn(server::serve(what, address, routes));
+        tokio::spawn(server::serve(what, address, routes, connections.clone()));
     }
 }
 
