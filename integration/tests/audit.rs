@@ -17,8 +17,8 @@ use portcullis::audit::{
 };
 use portcullis::commit::Worker;
 use portcullis::model::{
-    Balancing, CidrSet, Endpoint, EndpointSlice, Family, Node, NodeContext, Protocol, Service,
-    ServiceName, ServicePort, SliceName, SlicePort, SourceRestriction, TrafficPolicy,
+    Balancing, CidrSet, Endpoint, EndpointSlice, Family, LocalTraffic, Node, NodeContext, Protocol,
+    Service, ServiceName, ServicePort, SliceName, SlicePort, SourceRestriction, TrafficPolicy,
 };
 use portcullis::plan::{Desired, ServicePlan, plan_service};
 
@@ -579,6 +579,7 @@ impl World {
                 pod_cidrs: cidrs(&["10.244.0.0/24", "fd00:244::/64"]),
                 ..Node::default()
             },
+            local_traffic: LocalTraffic::NodeCidrs,
             service_cidrs: cidrs(&["10.96.0.0/16", "fd00:96::/112"]),
             ..NodeContext::new("here".into())
         };
