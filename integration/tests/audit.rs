@@ -134,6 +134,7 @@ fn nft_reads_what_was_meant() {
         ("allow4-shop/web", "10.128.0.0/10"),
         ("allow6-shop/web", "ffff::/16"),
         ("allow6-shop/world", "::/0"),
+        ("localhost-ips4", "127.0.0.0/8"),
     ];
     namespace.run(|| {
         let _worker = world.program();
@@ -580,6 +581,7 @@ impl World {
                 ..Node::default()
             },
             local_traffic: LocalTraffic::NodeCidrs,
+            localhost_nodeports: true,
             service_cidrs: cidrs(&["10.96.0.0/16", "fd00:96::/112"]),
             ..NodeContext::new("here".into())
         };
