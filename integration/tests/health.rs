@@ -285,7 +285,7 @@ fn processes_on_node_ports_are_found() -> Result<()> {
     ensure!(world.metric("portcullis_programmed")? == "1");
     ensure!(world.metric("portcullis_transactions_total")?.parse::<f64>()? >= 1.0);
     ensure!(world.metric("portcullis_operations_total")?.parse::<f64>()? > 10.0);
-    ensure!(world.metric("portcullis_kernel_time_seconds")?.parse::<f64>()? > 0.0);
+    ensure!(world.metric("portcullis_kernel_time_seconds_total")?.parse::<f64>()? > 0.0);
     ensure!(world.metric("portcullis_object_warnings")?.parse::<f64>()? >= 1.0);
     Ok(())
 }
