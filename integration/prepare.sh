@@ -55,7 +55,7 @@ need_go() {
 
 case $target in
   demo | bench) need_root; need_rust; need nft nftables; need ip iproute2 ;;
-  test) need_root; need_rust; need nft nftables; need ip iproute2; need iptables iptables; need_go ;;
+  test) need_root; need_rust; need nft nftables; need ip iproute2; need iptables iptables; need setcap libcap2-bin; need_go ;;
   lint) need_rust; need_lints; need git git; need shellcheck shellcheck ;;
   *) echo "prepare.sh: no such target: $target" >&2; exit 2 ;;
 esac
