@@ -6,16 +6,21 @@
 CARGO ?= cargo
 INSTALL ?=
 PREPARE := integration/prepare.sh $(if $(INSTALL),--install)
+ARCH ?=
 BENCH_ARGS ?= --json docs/benchmarks/ruleset.json --markdown docs/benchmarks.md
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test unit lint fmt bench deny clean
+.PHONY: help build image demo test unit lint fmt bench deny clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: ## Build the release binary: target/release/portcullis
 	$(CARGO) build --locked --release --bin portcullis
+
+image: ## Make the container image, without an engine: target/image/*.tar (ARCH=arm64 for another one)
+	@$(PREPARE) image
+	@image/build.sh $(ARCH)
 
 demo: ## Show allowed and refused clients on a NodePort, in network namespaces; no cluster (root)
 	@$(PREPARE) demo

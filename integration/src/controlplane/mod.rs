@@ -1,5 +1,5 @@
 //! A real control plane: etcd, kube-apiserver and kube-controller-manager as plain processes in a
-//! namespace of their own; and kube-proxy on machines that are attached to it.
+//! namespace of their own; kubectl beside them, and kube-proxy on machines that are attached to it.
 //!
 //! ```no_run
 //! use portcullis_integration::controlplane::{ControlPlane, objects};
@@ -24,8 +24,8 @@
 //! # }
 //! ```
 //!
-//! Everybody is allowed everything, there are no service accounts, and no kubelet: nodes and pods
-//! are what a test says they are. Of the controllers only those run that make a Service work
+//! The one user is allowed everything, an account what its roles say. There is no kubelet: nodes and
+//! pods are what a test says they are. Of the controllers only those run that make a Service work
 //! (`CONTROLLERS`), so `EndpointSlice` objects are made by Kubernetes itself.
 //!
 //! A test that stops the API server starts a control plane of its own with
@@ -37,7 +37,7 @@ pub mod objects;
 use std::fs;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Output};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
@@ -99,7 +99,7 @@ impl ControlPlane {
         namespace.ip(&[format!("addr add {ADDRESS}/32 dev lo")])?;
         let path = directory.path();
         fs::write(path.join("tokens.csv"), format!("{TOKEN},admin,admin,system:masters\n"))?;
-        fs::write(path.join("kubeconfig"), kubeconfig(&certificates(path)))?;
+        fs::write(path.join("kubeconfig"), kubeconfig(&certificates(path), TOKEN))?;
         let etcd = start_etcd(&namespace, &binaries, path)?;
         let mut api_server = start_api_server(&namespace, &binaries, path)?;
         wait_until_ready(&namespace, &mut api_server, &path.join("kubeconfig"))?;
@@ -141,6 +141,28 @@ impl ControlPlane {
         self.directory.path().join("kubeconfig")
     }
 
+    /// A kubeconfig for the account `name` in `namespace`, for an hour.
+    pub fn kubeconfig_of(&self, namespace: &str, name: &str) -> Result<PathBuf> {
+        let output = self.kubectl(&["create", "token", "--namespace", namespace, name])?;
+        ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let token = String::from_utf8(output.stdout)?;
+        let path = self.directory.path().join(format!("kubeconfig-{namespace}-{name}"));
+        fs::write(&path, kubeconfig(&certificates(self.directory.path()), token.trim()))?;
+        Ok(path)
+    }
+
+    /// Runs kubectl next to the API server, as the cluster's administrator.
+    pub fn kubectl(&self, arguments: &[&str]) -> Result<Output> {
+        let mut command = Command::new(self.binaries.join("kubectl"));
+        command
+            .arg("--kubeconfig")
+            .arg(self.kubeconfig())
+            .arg("--cache-dir")
+            .arg(self.directory.path().join("kubectl"))
+            .args(arguments);
+        self.namespace.output(command)
+    }
+
     /// Starts kube-proxy for `node` on an attached machine.
     pub fn start_kube_proxy(&self, host: &Host, node: &str, mode: &str) -> Result<Process> {
         let mut command = Command::new(self.binaries.join("kube-proxy"));
@@ -152,6 +174,13 @@ impl ControlPlane {
             // The limit of tracked connections is the machine's own.
             .args(["--conntrack-max-per-core", "0", "--conntrack-min", "0"]);
         host.spawn(&command, "kube-proxy", self.directory.path())
+    }
+
+    /// Lets kube-proxy remove what it left on a machine, as a process that ends at once.
+    pub fn kube_proxy_cleanup(&self, host: &Host) -> Result<Output> {
+        let mut command = Command::new(self.binaries.join("kube-proxy"));
+        command.arg("--cleanup");
+        host.output(command)
     }
 
     /// A client for the namespace of the calling thread: that of an attached machine.
@@ -216,7 +245,7 @@ fn certificates(directory: &Path) -> PathBuf {
     directory.join("certificates")
 }
 
-fn kubeconfig(certificates: &Path) -> String {
+fn kubeconfig(certificates: &Path, token: &str) -> String {
     let authority = certificates.join("apiserver.crt");
     format!(
         "apiVersion: v1
@@ -225,11 +254,11 @@ clusters:
 - name: lab
   cluster: {{server: 'https://{ADDRESS}:{PORT}', certificate-authority: '{}'}}
 users:
-- name: admin
-  user: {{token: {TOKEN}}}
+- name: user
+  user: {{token: {token}}}
 contexts:
 - name: lab
-  context: {{cluster: lab, user: admin}}
+  context: {{cluster: lab, user: user}}
 current-context: lab
 ",
         authority.display()
@@ -255,8 +284,7 @@ fn start_etcd(namespace: &Namespace, binaries: &Path, directory: &Path) -> Resul
 
 fn start_api_server(namespace: &Namespace, binaries: &Path, directory: &Path) -> Result<Process> {
     let certificates = certificates(directory);
-    // The API server makes this key with its certificate before it reads it for tokens, of
-    // which nobody asks for one.
+    // The API server makes this key with its certificate before it reads it for tokens.
     let key = certificates.join("apiserver.key");
     let mut command = Command::new(binaries.join("kube-apiserver"));
     command
@@ -267,7 +295,7 @@ fn start_api_server(namespace: &Namespace, binaries: &Path, directory: &Path) ->
         .arg(&certificates)
         .arg("--token-auth-file")
         .arg(directory.join("tokens.csv"))
-        .args(["--authorization-mode", "AlwaysAllow"])
+        .args(["--authorization-mode", "RBAC"])
         .args(["--disable-admission-plugins", "ServiceAccount"])
         .args(["--service-account-issuer", "https://kubernetes.default.svc"])
         .arg("--service-account-key-file")
