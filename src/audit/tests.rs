@@ -277,7 +277,7 @@ node ports (3)
   shop/web:http   tcp 30080  192.0.2.0/24, 198.51.100.7/32, 2001:db8::/32  2 IPv4, 2 IPv6  -         -
 
 diagnostics (1)
-  error: Service shop/late: spec.ports[].nodePort: tcp node port 30080 belongs to the older Service shop/web; not served for this one
+  error: Service shop/late: spec.ports[\"http\"].nodePort: tcp node port 30080 belongs to the older Service shop/web; not served for this one
 ";
     assert_eq!(examine(&desired, &node, &observed).to_string(), quiet);
 
@@ -311,7 +311,7 @@ base chains of other tables (1)
   input  -5        inet host  input  filter  DROP    2      before ours
 
 diagnostics (1)
-  error: Service shop/late: spec.ports[].nodePort: tcp node port 30080 belongs to the older Service shop/web; not served for this one
+  error: Service shop/late: spec.ports[\"http\"].nodePort: tcp node port 30080 belongs to the older Service shop/web; not served for this one
 ";
     assert_eq!(examine(&desired, &node, &observed).text(2), loud);
 }
@@ -395,7 +395,7 @@ fn an_audit_as_json() {
         "kube_proxy": ["ip nat"],
         "diagnostics": [{
             "object": { "kind": "Service", "namespace": "shop", "name": "late" },
-            "field": "spec.ports[].nodePort",
+            "field": "spec.ports[\"http\"].nodePort",
             "severity": "error",
             "message": "tcp node port 30080 belongs to the older Service shop/web; \
                         not served for this one",

@@ -131,7 +131,7 @@ impl Desired {
                     plan,
                     |_, f| !matches!(f, Frontend::ClusterIp { address, .. } if *address == lost),
                 );
-                ("spec.clusterIPs", lost.to_string())
+                ("spec.clusterIPs".to_owned(), lost.to_string())
             }
             Claim::Address(lost, protocol, port) => {
                 let mut field = None;
@@ -159,12 +159,17 @@ impl Desired {
                 }
                 // It went with the whole address.
                 let Some(field) = field else { return };
-                (field, format!("{protocol} port {port} of {lost}"))
+                (field.to_owned(), format!("{protocol} port {port} of {lost}"))
             }
             Claim::NodePort(protocol, lost) => {
+                let mut field = "spec.healthCheckNodePort".to_owned();
                 retain_frontends(plan, |pool, f| {
-                    let is_lost = matches!(f, Frontend::NodePort { port } if *port == lost);
-                    !(pool.protocol == protocol && is_lost)
+                    let is_lost = pool.protocol == protocol
+                        && matches!(f, Frontend::NodePort { port } if *port == lost);
+                    if is_lost {
+                        field = format!("spec.ports[{:?}].nodePort", pool.port_name);
+                    }
+                    !is_lost
                 });
                 if let Some(firewall) = &mut plan.firewall {
                     firewall.node_ports.retain(|p| (p.protocol, p.port) != (protocol, lost));
@@ -174,12 +179,7 @@ impl Desired {
                 }
                 let is_check =
                     |check: &HealthCheck| (Protocol::Tcp, check.port) == (protocol, lost);
-                let field = if plan.health_check.as_ref().is_some_and(is_check) {
-                    plan.health_check = None;
-                    "spec.healthCheckNodePort"
-                } else {
-                    "spec.ports[].nodePort"
-                };
+                plan.health_check.take_if(|check| is_check(check));
                 (field, format!("{protocol} node port {lost}"))
             }
         };
@@ -187,7 +187,7 @@ impl Desired {
         let winner = winner.service();
         let message =
             format!("{what} belongs to the {older}Service {winner}; not served for this one");
-        plan.diagnostics.push(conflict(plan, field.to_owned(), message));
+        plan.diagnostics.push(conflict(plan, field, message));
         plan.diagnostics.sort();
     }
 }
