@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use tokio::sync::{broadcast, watch};
+use tokio::sync::watch;
 
 use crate::commit::{Adoption, CommitError, Report};
 use crate::model::{Diagnostic, NodeContext, ObjectKind, ObjectRef, ServiceName, Severity};
@@ -20,11 +20,11 @@ pub struct Reporter {
     found: Arc<Mutex<BTreeMap<Origin, BTreeSet<Diagnostic>>>>,
     adoption: Arc<OnceLock<Adoption>>,
     node: watch::Sender<Option<Arc<NodeContext>>>,
-    local: broadcast::Sender<Local>,
+    local: watch::Sender<()>,
 }
 
 /// Something that is wrong with a Service on this node alone.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Local {
     /// The Service.
     pub service: ServiceName,
@@ -33,9 +33,6 @@ pub struct Local {
     /// What it is.
     pub diagnostic: Diagnostic,
 }
-
-/// How many of them wait for whoever watches.
-const MOST_LOCAL: usize = 256;
 
 /// Who says so: a later word of the same origin replaces an earlier one.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -63,7 +60,7 @@ impl Reporter {
     /// A reporter that has heard nothing yet, on the node of this name.
     pub fn new(node_name: Arc<str>) -> Reporter {
         let (node, _) = watch::channel(None);
-        let (local, _) = broadcast::channel(MOST_LOCAL);
+        let (local, _) = watch::channel(());
         Reporter { node_name, found: Arc::default(), adoption: Arc::default(), node, local }
     }
 
@@ -117,10 +114,27 @@ impl Reporter {
         self.replace(Origin::Conflict(service.clone()), problems.into_iter().collect());
     }
 
-    /// Tells of what is wrong with Services on this node alone, as it appears. What was found before
-    /// is not told, nor what nobody takes in time.
-    pub fn watch_local(&self) -> broadcast::Receiver<Local> {
-        self.local.subscribe()
+    /// Everything that is wrong now with Services on this node alone.
+    pub fn local(&self) -> BTreeSet<Local> {
+        let found = self.found();
+        let local = found.iter().filter_map(|(origin, found)| Some((origin.local()?, found)));
+        local
+            .flat_map(|((service, reason), found)| {
+                let local = move |diagnostic: &Diagnostic| Local {
+                    service: service.clone(),
+                    reason,
+                    diagnostic: diagnostic.clone(),
+                };
+                found.iter().map(local)
+            })
+            .collect()
+    }
+
+    /// Tells when [`Reporter::local`] may be different.
+    pub fn watch_local(&self) -> watch::Receiver<()> {
+        let mut local = self.local.subscribe();
+        local.mark_changed();
+        local
     }
 
     /// Takes everything that is wrong with manifest files.
@@ -139,17 +153,16 @@ impl Reporter {
         let mut found = self.found();
         let before = found.remove(&origin).unwrap_or_default();
         let (appeared, resolved) = news(&before, &now);
-        if let Some((service, reason)) = origin.local() {
-            for diagnostic in &appeared {
-                let (service, diagnostic) = (service.clone(), Diagnostic::clone(diagnostic));
-                // Nobody may watch.
-                let _ = self.local.send(Local { service, reason, diagnostic });
-            }
-        }
+        let is_news = !appeared.is_empty() || !resolved.is_empty();
+        let is_local = origin.local().is_some();
         appeared.into_iter().for_each(log_appeared);
         resolved.into_iter().for_each(log_resolved);
         if !now.is_empty() {
             found.insert(origin, now);
+        }
+        drop(found);
+        if is_news && is_local {
+            self.local.send_replace(());
         }
     }
 

@@ -4,9 +4,9 @@
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
-use k8s_openapi::api::core::v1::Service;
-use kube::api::{Api, DeleteParams, Patch, PatchParams};
+use anyhow::{Context, Result, bail, ensure};
+use k8s_openapi::api::core::v1::{Event, Service};
+use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams};
 use nix::sys::signal::Signal;
 use portcullis_integration::controlplane::{ControlPlane, objects};
 use portcullis_integration::daemon::{follow_cluster, start_on_cluster, wait_until_programmed};
@@ -324,5 +324,43 @@ fn many_services_at_once() -> Result<()> {
     };
     let gone = || !listed().contains(&format!("{namespace}/web-"));
     ensure!(eventually(NOTICE, gone), "{}", listed());
+    Ok(())
+}
+
+/// What only this node can tell is an Event of the Service, also if nobody took it at first.
+#[test]
+fn a_process_on_a_node_port_is_an_event() -> Result<()> {
+    if !ready() {
+        return Ok(());
+    }
+    let mut plane = ControlPlane::start()?;
+    let lab = Lab::new(1)?;
+    let shop = open_shop(&plane, &lab, "events")?;
+    let namespace = shop.namespace.clone();
+    let daemon = follow_cluster(&lab, &plane, "events")?;
+    plane.kill_api_server()?;
+    let _process = Server::start(&lab.node, "process", Protocol::Tcp, shop.web.node_port)?;
+    let tried = || daemon.stderr().contains("cannot publish Events");
+    ensure!(eventually(NOTICE, tried), "{}", daemon.tail());
+    plane.start_api_server()?;
+    let events = || -> Result<Vec<Event>> {
+        plane.block_on(async |client| {
+            let api = Api::<Event>::namespaced(client, &namespace);
+            let wanted = ListParams::default().fields("reason=NodePortInUse");
+            Ok(api.list(&wanted).await?.items)
+        })
+    };
+    ensure!(
+        eventually(NOTICE * 2, || events().is_ok_and(|events| !events.is_empty())),
+        "{}",
+        daemon.tail()
+    );
+    let events = events()?;
+    let [event] = &events[..] else { bail!("{events:?}") };
+    ensure!(event.involved_object.kind.as_deref() == Some("Service"), "{event:?}");
+    ensure!(event.involved_object.name.as_deref() == Some("web"), "{event:?}");
+    let message = event.message.as_deref().unwrap_or_default();
+    let port = format!("listens on tcp port {}", shop.web.node_port);
+    ensure!(message.starts_with("node events: ") && message.contains(&port), "{message}");
     Ok(())
 }

@@ -1,39 +1,65 @@
 //! What is wrong with a Service on this node alone, as Kubernetes Events: `kubectl describe service`
 //! shows them. What is wrong with the object itself is no Event, because every node finds it.
 
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use backon::BackoffBuilder;
 use k8s_openapi::api::core::v1 as core;
 use kube::runtime::events::{Event, EventType, Recorder, Reporter as Source};
 use kube::{Api, Client, Resource};
-use tokio::sync::broadcast::error::RecvError;
 
 use crate::report::{Local, Reporter};
 
-/// Publishes what the reporter tells, for ever. Where this account may not, it is said once.
+/// Publishes what the reporter finds, for ever: each finding once, as long as it is true. What
+/// cannot be published is tried again; why it cannot is said once.
 pub async fn publish(client: Client, node_name: &str, reporter: &Reporter) {
-    let mut found = reporter.watch_local();
     let source =
         Source { controller: "portcullis".to_owned(), instance: Some(node_name.to_owned()) };
     let recorder = Recorder::new(client.clone(), source);
-    let mut said = false;
+    let mut published: BTreeSet<Local> = BTreeSet::new();
+    let mut changed = reporter.watch_local();
+    let mut pauses = None;
     loop {
-        let local = match found.recv().await {
-            Ok(local) => local,
-            Err(RecvError::Lagged(count)) => {
-                tracing::warn!(count, "too much is wrong at once to publish it all as Events");
+        match pauses.as_mut().and_then(Iterator::next) {
+            Some(pause) => tokio::time::sleep(pause).await,
+            None if changed.changed().await.is_err() => return,
+            None => {}
+        }
+        changed.mark_unchanged();
+        let found = reporter.local();
+        published.retain(|local| found.contains(local));
+        let mut failed = None;
+        for local in found {
+            if published.contains(&local) {
                 continue;
             }
-            Err(RecvError::Closed) => return,
-        };
-        match publish_one(&client, &recorder, node_name, &local).await {
-            Ok(()) => said = false,
-            Err(error) if !said => {
-                tracing::warn!(%error, "cannot publish Events about Services");
-                said = true;
+            match publish_one(&client, &recorder, node_name, &local).await {
+                Ok(()) => drop(published.insert(local)),
+                Err(error) => {
+                    failed = Some(error);
+                    break;
+                }
             }
-            Err(_) => {}
+        }
+        match failed {
+            Some(error) if pauses.is_none() => {
+                let error = &error as &dyn std::error::Error;
+                tracing::warn!(error, "cannot publish Events about Services; tried again");
+                pauses = Some(PAUSES.build());
+            }
+            Some(_) => {}
+            None => pauses = None,
         }
     }
 }
+
+/// How long to wait before it is tried again: there may be many nodes, and no hurry.
+const PAUSES: backon::ExponentialBuilder = backon::ExponentialBuilder::new()
+    .with_jitter()
+    .with_min_delay(Duration::from_secs(1))
+    .with_max_delay(Duration::from_secs(60))
+    .without_max_times();
 
 async fn publish_one(
     client: &Client,
