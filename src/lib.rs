@@ -7,12 +7,12 @@
 
 pub mod audit;
 pub mod commit;
-pub mod conflicts;
 pub mod health;
 pub mod host;
 pub mod metrics;
 pub mod model;
 pub mod netlink;
+pub mod occupied;
 pub mod plan;
 pub mod refused;
 pub mod report;

@@ -10,8 +10,8 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::{Registry, Unit};
 
 use crate::commit::Pulse;
-use crate::conflicts::Served;
 use crate::model::Severity;
+use crate::occupied;
 use crate::report::Reporter;
 
 /// What is measured.
@@ -22,7 +22,7 @@ pub struct Metrics {
     /// What is wrong with objects.
     pub reporter: Reporter,
     /// Node ports, and processes that listen on them.
-    pub served: Served,
+    pub occupied: occupied::Sender,
 }
 
 impl Metrics {
@@ -91,7 +91,7 @@ impl Metrics {
         registry.register(
             "node_port_conflicts",
             "Node ports on which a process of this node listens",
-            gauge(self.served.conflicts()),
+            gauge(self.occupied.conflicts()),
         );
         let mut text = String::new();
         encode(&mut text, &registry)?;

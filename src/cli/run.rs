@@ -10,7 +10,7 @@ use portcullis::metrics::Metrics;
 use portcullis::model::Severity;
 use portcullis::report::Reporter;
 use portcullis::watch::{Index, Options, cluster, manifests};
-use portcullis::{conflicts, refused, ruleset, sysctl};
+use portcullis::{occupied, refused, ruleset, sysctl};
 use procfs::{CpuInfo, Current};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -25,9 +25,9 @@ pub fn run(arguments: &RunOptions) -> anyhow::Result<Verdict> {
     let config = config(&arguments.node)?;
     let options = options(&arguments.node, &config)?;
     let reporter = Reporter::new(options.node_name.clone());
-    let (checks, asked) = health::services::checks();
-    let (served, listeners) = conflicts::served();
-    let (reports, seen) = (reporter.clone(), served.clone());
+    let (checks, asked) = health::services::channel();
+    let (occupied, served) = occupied::channel();
+    let (reports, seen) = (reporter.clone(), occupied.clone());
     let worker = open_worker(move |report| {
         reports.commit(&report);
         checks.commit(&report);
@@ -53,7 +53,8 @@ pub fn run(arguments: &RunOptions) -> anyhow::Result<Verdict> {
         } else {
             let (committer, thread) = Committer::start(worker);
             let health = Health::new(committer.pulse(), reporter.clone());
-            let metrics = Metrics { pulse: committer.pulse(), reporter: reporter.clone(), served };
+            let metrics =
+                Metrics { pulse: committer.pulse(), reporter: reporter.clone(), occupied };
             let connections = Connections::default();
             let at = |flag: Option<Bind>, file: Option<Bind>, default: ([u8; 4], u16)| {
                 flag.or(file).unwrap_or(Bind(Some(default.into())))
@@ -66,7 +67,7 @@ pub fn run(arguments: &RunOptions) -> anyhow::Result<Verdict> {
             listen("metrics", address, metrics.routes(), &connections);
             let reports = reporter.clone();
             tokio::spawn(health::services::serve(asked, connections, health, reports));
-            tokio::spawn(conflicts::watch(listeners, reporter.clone()));
+            tokio::spawn(occupied::watch(served, reporter.clone()));
             if let Source::Cluster(client) = &source {
                 let (client, name) = (client.clone(), options.node_name.clone());
                 let reporter = reporter.clone();

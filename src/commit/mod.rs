@@ -66,6 +66,17 @@ pub struct Report {
     pub plan: Option<Arc<ServicePlan>>,
 }
 
+impl Report {
+    /// What is in force for a Service now; of one that is gone, no plan. `None` where the kernel
+    /// refused it, so that what was told before stays true.
+    pub fn in_force(&self) -> Option<(&ServiceName, Option<&ServicePlan>)> {
+        let Subject::Service(service) = &self.subject else { return None };
+        // A Service that goes is not served any more, whatever the kernel still has of it.
+        let is_told = self.refused.is_none() || self.plan.is_none();
+        is_told.then_some((service, self.plan.as_deref()))
+    }
+}
+
 /// What the first commit did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Adoption {

@@ -24,41 +24,41 @@ use crate::commit::Report;
 use crate::model::{Diagnostic, Family, NodeContext, ObjectKind, ObjectRef, ServiceName, Severity};
 use crate::plan::HealthCheck;
 use crate::report::Reporter;
-use crate::ruleset::Subject;
 
 /// How often addresses are looked at that come and go, and ports that could not be listened at.
 const LOOK: Duration = Duration::from_secs(5);
 
 /// Tells what becomes of Services. Cheap to clone.
 #[derive(Clone, Debug)]
-pub struct Checks(mpsc::UnboundedSender<(ServiceName, Option<HealthCheck>)>);
+pub struct Sender(mpsc::UnboundedSender<(ServiceName, Option<HealthCheck>)>);
 
 /// What [`serve`] is told.
 #[derive(Debug)]
-pub struct Told(mpsc::UnboundedReceiver<(ServiceName, Option<HealthCheck>)>);
+pub struct Receiver(mpsc::UnboundedReceiver<(ServiceName, Option<HealthCheck>)>);
 
 /// Two ends: one to tell of Services, one to serve what was told.
-pub fn checks() -> (Checks, Told) {
+pub fn channel() -> (Sender, Receiver) {
     let (sender, receiver) = mpsc::unbounded_channel();
-    (Checks(sender), Told(receiver))
+    (Sender(sender), Receiver(receiver))
 }
 
-impl Checks {
-    /// Takes what became of a subject when it was committed. Of what the kernel refused, what was
-    /// told before stays true.
+impl Sender {
+    /// Takes what became of a subject when it was committed.
     pub fn commit(&self, report: &Report) {
-        let Subject::Service(service) = &report.subject else { return };
-        if report.refused.is_some() && report.plan.is_some() {
-            return;
-        }
-        let check = report.plan.as_ref().and_then(|plan| plan.health_check.clone());
+        let Some((service, plan)) = report.in_force() else { return };
+        let check = plan.and_then(|plan| plan.health_check.clone());
         // Nobody asks a daemon that only programs once.
         let _ = self.0.send((service.clone(), check));
     }
 }
 
 /// Answers for all Services that are told of, for ever.
-pub async fn serve(mut told: Told, connections: Connections, health: Health, reporter: Reporter) {
+pub async fn serve(
+    mut told: Receiver,
+    connections: Connections,
+    health: Health,
+    reporter: Reporter,
+) {
     let mut checks: BTreeMap<ServiceName, HealthCheck> = BTreeMap::new();
     let mut listeners = Listeners::new(connections, health);
     let mut node = reporter.watch_node();

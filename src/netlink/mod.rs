@@ -1,10 +1,10 @@
-//! nf_tables, conntrack and nflog over netlink: tables, chains, sets, elements and expressions, and
-//! nothing of Kubernetes.
+//! nf_tables, conntrack, nflog and `sock_diag` over netlink: tables, chains, sets, elements and
+//! expressions, and nothing of Kubernetes.
 //!
 //! Numbers and layouts follow the kernel's `include/uapi/linux/netfilter/nf_tables.h` and
 //! `nfnetlink.h`; constants carry the kernel's names. nf_tables messages are encoded here, straight
-//! into the buffer that is sent, because a first load is millions of elements; for conntrack and
-//! nflog, where nothing is hot, `netlink-packet-netfilter` does it.
+//! into the buffer that is sent, because a first load is millions of elements; for the others, where
+//! nothing is hot, `netlink-packet-netfilter` and `netlink-packet-sock-diag` do it.
 
 mod attribute;
 mod batch;
@@ -12,6 +12,7 @@ mod conntrack;
 mod dump;
 mod error;
 mod expression;
+mod listeners;
 mod nflog;
 mod object;
 #[cfg(test)]
@@ -26,6 +27,7 @@ pub use expression::{
     CmpOp, CtKey, CtOriginalKey, Data, Expression, LimitUnit, MetaKey, NatKind, PayloadBase,
     Register, Verdict,
 };
+pub use listeners::listeners;
 pub use nflog::{Listener, LoggedPacket};
 pub use object::{
     Chain, ChainKind, Element, ElementData, Hook, Hooked, Rule, Set, SetData, TableFlags,

@@ -46,11 +46,16 @@ impl Socket {
     /// # Errors
     /// [`Error::Open`] where the kernel has no nfnetlink.
     pub fn open() -> Result<Socket, Error> {
-        Socket::open_inner().map_err(Error::Open)
+        Socket::open_protocol(NETLINK_NETFILTER)
     }
 
-    fn open_inner() -> io::Result<Socket> {
-        let mut inner = RawSocket::new(NETLINK_NETFILTER)?;
+    /// A socket of another netlink family, for listings.
+    pub(super) fn open_protocol(protocol: isize) -> Result<Socket, Error> {
+        Socket::open_inner(protocol).map_err(Error::Open)
+    }
+
+    fn open_inner(protocol: isize) -> io::Result<Socket> {
+        let mut inner = RawSocket::new(protocol)?;
         inner.bind_auto()?;
         // So that writes and reads need no address and nobody but the kernel can answer.
         inner.connect(&SocketAddr::new(0, 0))?;
@@ -140,8 +145,8 @@ impl Socket {
                 interrupted |= answer.flags & NLM_F_DUMP_INTR != 0;
                 match answer.kind {
                     NLMSG_DONE if interrupted => return Err(ListError::Interrupted),
-                    NLMSG_DONE => return Ok(()),
-                    NLMSG_ERROR => match answer.errno() {
+                    // What went wrong after the first answers is told at the end.
+                    NLMSG_DONE | NLMSG_ERROR => match answer.errno() {
                         0 => return Ok(()),
                         code => {
                             return Err(ListError::Refused(io::Error::from_raw_os_error(code)));
@@ -217,7 +222,7 @@ struct Answer<'a> {
 }
 
 impl Answer<'_> {
-    /// `struct nlmsgerr`: 0 for an acknowledgement.
+    /// `struct nlmsgerr`, or what follows the header where a listing ends: 0 if all is well.
     fn errno(&self) -> i32 {
         self.payload.first_chunk().map_or(nix::libc::EPROTO, |code| i32::from_ne_bytes(*code)).abs()
     }

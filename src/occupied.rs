@@ -11,7 +11,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use procfs::net::{TcpState, UdpState};
 use tokio::sync::mpsc;
 
 use crate::commit::Report;
@@ -19,9 +18,9 @@ use crate::host::own_addresses;
 use crate::model::{
     Diagnostic, Family, NodeContext, ObjectKind, ObjectRef, Protocol, ServiceName, Severity,
 };
+use crate::netlink::{self, listeners};
 use crate::plan::{Frontend, ServicePlan};
 use crate::report::Reporter;
-use crate::ruleset::Subject;
 
 /// How often sockets are looked at when no Service has changed.
 const LOOK: Duration = Duration::from_secs(10);
@@ -33,33 +32,30 @@ type NodePorts = BTreeMap<(Protocol, u16), Arc<str>>;
 
 /// Tells of the node ports that are served. Cheap to clone.
 #[derive(Clone, Debug)]
-pub struct Served {
+pub struct Sender {
     sender: mpsc::UnboundedSender<(ServiceName, NodePorts)>,
     count: Arc<AtomicUsize>,
 }
 
 /// What [`watch`] is told.
 #[derive(Debug)]
-pub struct Told {
+pub struct Receiver {
     receiver: mpsc::UnboundedReceiver<(ServiceName, NodePorts)>,
     count: Arc<AtomicUsize>,
 }
 
 /// Two ends: one to tell of Services, one to watch for conflicts with them.
-pub fn served() -> (Served, Told) {
+pub fn channel() -> (Sender, Receiver) {
     let (sender, receiver) = mpsc::unbounded_channel();
     let count = Arc::<AtomicUsize>::default();
-    (Served { sender, count: Arc::clone(&count) }, Told { receiver, count })
+    (Sender { sender, count: Arc::clone(&count) }, Receiver { receiver, count })
 }
 
-impl Served {
+impl Sender {
     /// Takes what became of a subject when it was committed.
     pub fn commit(&self, report: &Report) {
-        let Subject::Service(service) = &report.subject else { return };
-        if report.refused.is_some() && report.plan.is_some() {
-            return;
-        }
-        let ports = report.plan.as_deref().map(node_ports).unwrap_or_default();
+        let Some((service, plan)) = report.in_force() else { return };
+        let ports = plan.map(node_ports).unwrap_or_default();
         // Nobody watches where a daemon only programs once.
         let _ = self.sender.send((service.clone(), ports));
     }
@@ -83,9 +79,10 @@ fn node_ports(plan: &ServicePlan) -> NodePorts {
 }
 
 /// Looks for such processes, for ever.
-pub async fn watch(mut told: Told, reporter: Reporter) {
+pub async fn watch(mut told: Receiver, reporter: Reporter) {
     let mut services: HashMap<ServiceName, NodePorts> = HashMap::new();
     let mut in_conflict: BTreeSet<ServiceName> = BTreeSet::new();
+    let mut failed = false;
     let mut look = tokio::time::interval(LOOK);
     look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
@@ -116,10 +113,17 @@ pub async fn watch(mut told: Told, reporter: Reporter) {
             continue;
         }
         let Some(node) = reporter.node_context() else { continue };
-        // A node may have very many sockets.
-        let Ok(sockets) = tokio::task::spawn_blocking(move || sockets_at(&node)).await else {
-            return;
+        let sockets = match sockets_at(&node) {
+            Ok(sockets) => sockets,
+            Err(error) => {
+                if !std::mem::replace(&mut failed, true) {
+                    let error = &error as &dyn std::error::Error;
+                    tracing::warn!(error, "cannot tell who listens on node ports; tried again");
+                }
+                continue;
+            }
         };
+        failed = false;
         let found = conflicts(&services, &sockets);
         told.count.store(found.values().map(Vec::len).sum(), Ordering::Relaxed);
         for (service, problems) in &found {
@@ -148,7 +152,7 @@ fn set(
 /// Where processes listen that would get connections to node ports.
 type Sockets = HashMap<(Protocol, u16), BTreeSet<SocketAddr>>;
 
-fn sockets_at(node: &NodeContext) -> Sockets {
+fn sockets_at(node: &NodeContext) -> Result<Sockets, netlink::Error> {
     let cidrs = Family::ALL
         .map(|family| [node.nodeport_cidrs(family), node.localhost_cidrs(family)].concat())
         .concat();
@@ -159,26 +163,14 @@ fn sockets_at(node: &NodeContext) -> Sockets {
             || own.contains(&address) && cidrs.iter().any(|cidr| cidr.contains(&address))
     };
     let mut sockets = Sockets::new();
-    for (protocol, address) in listening() {
-        if serves(address.ip()) {
-            sockets.entry((protocol, address.port())).or_default().insert(address);
+    for protocol in [Protocol::Tcp, Protocol::Udp, Protocol::Sctp] {
+        for address in listeners(protocol.number())? {
+            if serves(address.ip()) {
+                sockets.entry((protocol, address.port())).or_default().insert(address);
+            }
         }
     }
-    sockets
-}
-
-/// All sockets that wait for clients, TCP and UDP. The kernel lists none of SCTP in this form.
-fn listening() -> impl Iterator<Item = (Protocol, SocketAddr)> {
-    use procfs::net::{tcp, tcp6, udp, udp6};
-    // Where the kernel has no IPv6 there is no such file.
-    let tcp = [tcp(), tcp6()].into_iter().flatten().flatten();
-    let tcp = tcp.filter(|entry| entry.state == TcpState::Listen);
-    let udp = [udp(), udp6()].into_iter().flatten().flatten();
-    // One that is connected gets answers only.
-    let udp =
-        udp.filter(|entry| entry.state == UdpState::Close && entry.remote_address.port() == 0);
-    let tcp = tcp.map(|entry| (Protocol::Tcp, entry.local_address));
-    tcp.chain(udp.map(|entry| (Protocol::Udp, entry.local_address)))
+    Ok(sockets)
 }
 
 fn conflicts(
@@ -213,18 +205,6 @@ fn conflicts(
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn sockets_of_this_machine_are_seen() {
-        let tcp = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let udp = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
-        let connected = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
-        connected.connect("127.0.0.1:9").unwrap();
-        let seen: BTreeSet<_> = listening().collect();
-        assert!(seen.contains(&(Protocol::Tcp, tcp.local_addr().unwrap())));
-        assert!(seen.contains(&(Protocol::Udp, udp.local_addr().unwrap())));
-        assert!(!seen.contains(&(Protocol::Udp, connected.local_addr().unwrap())));
-    }
 
     #[test]
     fn who_is_in_conflict() {
