@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::watch;
 
@@ -18,7 +18,7 @@ use crate::ruleset::Subject;
 pub struct Reporter {
     node_name: Arc<str>,
     found: Arc<Mutex<BTreeMap<Origin, BTreeSet<Diagnostic>>>>,
-    adoption: Arc<OnceLock<Adoption>>,
+    adoption: watch::Sender<Option<Adoption>>,
     node: watch::Sender<Option<Arc<NodeContext>>>,
     local: watch::Sender<()>,
 }
@@ -60,8 +60,9 @@ impl Reporter {
     /// A reporter that has heard nothing yet, on the node of this name.
     pub fn new(node_name: Arc<str>) -> Reporter {
         let (node, _) = watch::channel(None);
+        let (adoption, _) = watch::channel(None);
         let (local, _) = watch::channel(());
-        Reporter { node_name, found: Arc::default(), adoption: Arc::default(), node, local }
+        Reporter { node_name, found: Arc::default(), adoption, node, local }
     }
 
     /// Takes that the kernel holds for the first time what it should.
@@ -69,12 +70,19 @@ impl Reporter {
         let Adoption { found, replaced, operations } = adoption;
         tracing::info!(services, found, replaced, operations, "the kernel holds what it should");
         // A source adopts once.
-        let _ = self.adoption.set(adoption);
+        self.adoption
+            .send_if_modified(|first| first.is_none() && first.replace(adoption).is_none());
     }
 
     /// What the first commit did; `None` until it is done. From then on the node is served.
     pub fn adoption(&self) -> Option<Adoption> {
-        self.adoption.get().copied()
+        *self.adoption.borrow()
+    }
+
+    /// Waits until the first commit is done.
+    pub async fn wait_for_adoption(&self) {
+        // This is a sender, so the channel is not closed.
+        let _ = self.adoption.subscribe().wait_for(Option::is_some).await;
     }
 
     /// Takes what became of a subject when it was committed.

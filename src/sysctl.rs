@@ -124,7 +124,8 @@ impl Conntrack {
     }
 }
 
-/// Lets packets with loopback addresses leave, which node ports at such addresses need.
+/// Lets packets with loopback addresses leave, which node ports at such addresses need. It lets them
+/// come, too, from whoever is on the same link, so the ruleset that drops those must be in force.
 pub fn route_localnet() {
     let file = "proc/sys/net/ipv4/conf/all/route_localnet";
     let setting = Setting { file, value: 1, how: How::Exactly };

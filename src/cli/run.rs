@@ -33,10 +33,6 @@ pub fn run(arguments: &RunOptions) -> anyhow::Result<Verdict> {
         checks.commit(&report);
         seen.commit(&report);
     })?;
-    // Now that it is known to have the rights. What is asked for by name holds for --once, too.
-    if arguments.node.localhost_nodeports {
-        sysctl::route_localnet();
-    }
     if !arguments.once {
         tune(arguments, &config);
     }
@@ -49,7 +45,11 @@ pub fn run(arguments: &RunOptions) -> anyhow::Result<Verdict> {
     runtime.block_on(async {
         let source = open(&arguments.source, &config).await?;
         if arguments.once {
-            once(source, &options, worker, &reporter).await
+            let verdict = once(source, &options, worker, &reporter).await?;
+            if arguments.node.localhost_nodeports {
+                sysctl::route_localnet();
+            }
+            Ok(verdict)
         } else {
             let (committer, thread) = Committer::start(worker);
             let health = Health::new(committer.pulse(), reporter.clone());
@@ -68,6 +68,13 @@ pub fn run(arguments: &RunOptions) -> anyhow::Result<Verdict> {
             let reports = reporter.clone();
             tokio::spawn(health::services::serve(asked, connections, health, reports));
             tokio::spawn(occupied::watch(served, reporter.clone()));
+            if arguments.node.localhost_nodeports {
+                let reporter = reporter.clone();
+                tokio::spawn(async move {
+                    reporter.wait_for_adoption().await;
+                    sysctl::route_localnet();
+                });
+            }
             if let Source::Cluster(client) = &source {
                 let (client, name) = (client.clone(), options.node_name.clone());
                 let reporter = reporter.clone();
