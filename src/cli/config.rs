@@ -164,7 +164,7 @@ fn lower(file: File) -> anyhow::Result<Config> {
         local_traffic: Some(local_traffic),
         masquerade_all: file.nftables.unwrap_or_default().masquerade_all,
         no_external_ips: gates.get(EXTERNAL_IPS) == Some(&false),
-        oom_score_adj: file.oom_score_adj,
+        oom_score_adj: oom_score_adj(file.oom_score_adj)?,
         conntrack: file.conntrack.unwrap_or_default(),
     })
 }
@@ -179,6 +179,14 @@ fn address(text: &str, port: u16) -> anyhow::Result<Bind> {
 
 /// `detectLocalMode` and what it refers to. kube-proxy's default is `ClusterCIDR`, and without such a
 /// CIDR nothing is known of pods.
+fn oom_score_adj(score: Option<i16>) -> anyhow::Result<Option<i16>> {
+    let range = -1000..=1000;
+    if let Some(score) = score.filter(|score| !range.contains(score)) {
+        bail!("oomScoreAdj: {score} is not between {} and {}", range.start(), range.end());
+    }
+    Ok(score)
+}
+
 fn local_traffic(mode: &str, detect: DetectLocal, cidr: &str) -> anyhow::Result<LocalTraffic> {
     let interface = |field: &str, name: Option<String>| {
         let name = name.unwrap_or_default();
@@ -355,6 +363,7 @@ nftables: {{syncPeriod: 10s}}
             (&*format!("{HEAD}detectLocalMode: BridgeInterface"), "detectLocal.bridgeInterface"),
             (&*format!("{HEAD}detectLocalMode: Guess"), "detectLocalMode: \"Guess\""),
             (&*format!("{HEAD}healthzBindAddress: here"), "healthzBindAddress: \"here\""),
+            (&*format!("{HEAD}oomScoreAdj: 1001"), "oomScoreAdj: 1001 is not between"),
             (&*format!("{HEAD}oomScoreAdj: high"), "oomScoreAdj: invalid type: string \"high\""),
             (&*format!("{HEAD}conntrack: {{min: -1}}"), "conntrack.min: invalid value"),
             (
