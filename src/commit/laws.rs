@@ -25,6 +25,7 @@ struct Variant {
     created: i64,
     cluster_ip: u8,
     dual: bool,
+    health_check: Option<u8>,
     ports: Vec<(Protocol, u8, Option<u8>)>,
     endpoints: BTreeSet<u8>,
     sources: u8,
@@ -71,20 +72,26 @@ fn variant() -> impl Strategy<Value = Variant> {
         0..3_i64,
         0..4_u8,
         any::<bool>(),
+        proptest::option::of(0..4_u8),
         proptest::collection::vec(port, 1..3),
         proptest::collection::btree_set(0..6_u8, 0..6),
         0..4_u8,
         traffic(),
     )
-        .prop_map(|(created, cluster_ip, dual, ports, endpoints, sources, traffic)| Variant {
-            created,
-            cluster_ip,
-            dual,
-            ports,
-            endpoints,
-            sources,
-            traffic,
-        })
+        .prop_map(
+            |(created, cluster_ip, dual, health_check, ports, endpoints, sources, traffic)| {
+                Variant {
+                    created,
+                    cluster_ip,
+                    dual,
+                    health_check,
+                    ports,
+                    endpoints,
+                    sources,
+                    traffic,
+                }
+            },
+        )
 }
 
 fn name(number: u8) -> ServiceName {
@@ -138,6 +145,11 @@ fn plan(number: u8, variant: &Variant) -> ServicePlan {
         load_balancer_ips: addresses(&variant.traffic.load_balancer_ips, 97),
         internal_traffic: policy(internal_local),
         external_traffic: policy(external_local),
+        // Some of these are other Services' node ports; what is read has none that is one of its own.
+        health_check_port: variant
+            .health_check
+            .filter(|port| !node_ports.contains(&(Protocol::Tcp, *port)))
+            .map(|port| NonZeroU16::new(30000 + u16::from(port)).unwrap()),
         session_affinity: sticky.then(|| NonZeroU32::new(10 + u32::from(number % 2)).unwrap()),
         balancing: match (by_source, number % 2) {
             (false, _) => Balancing::Random,
@@ -344,6 +356,7 @@ fn operations(services: u8, endpoints: u8, change: impl Fn(&mut Variant)) -> usi
         created: 0,
         cluster_ip: number,
         dual: false,
+        health_check: None,
         ports: vec![(Protocol::Tcp, 0, None)],
         endpoints: (0..endpoints).collect(),
         sources: 0,
@@ -387,6 +400,7 @@ fn the_older_service_wins_and_the_loser_is_told() {
         created,
         cluster_ip: u8::try_from(created).unwrap(),
         dual: false,
+        health_check: None,
         ports: vec![(Protocol::Tcp, 0, Some(1))],
         endpoints: BTreeSet::from([1]),
         sources: 1,
@@ -421,6 +435,7 @@ fn pools_are_the_same_whatever_the_order_of_slices() {
             created: 0,
             cluster_ip: 1,
             dual: false,
+            health_check: None,
             ports: vec![(Protocol::Tcp, 0, None)],
             endpoints: BTreeSet::from([2, 1]),
             sources: 0,
