@@ -119,12 +119,15 @@ fn who_is_masqueraded() -> Result<()> {
         "links of pods are called otherwise: {by_link}"
     );
     // Arguments, and whether a pod here and a client elsewhere keep their addresses.
-    let table: [(&[&str], [bool; 2]); 7] = [
+    let [link, other_link] = [0, 1].map(|pod: usize| lab.pods[pod].name());
+    let table: [(&[&str], [bool; 2]); 9] = [
         (&[], [true, true]),
         (&["--node-cidr"], [true, false]),
         (&["--cluster-cidr", "10.244.0.0/16,fd00:10:244::/56"], [true, false]),
         (&["--cluster-cidr", "192.0.2.0/24,2001:db8:1::/64"], [false, true]),
         (&["--pod-interface-name-prefix", prefix], [true, false]),
+        (&["--pod-bridge-interface", link], [true, false]),
+        (&["--pod-bridge-interface", other_link], [false, false]),
         (&["--masquerade-all"], [false, false]),
         (&["--masquerade-all", "--pod-interface-name-prefix", prefix], [false, false]),
     ];
