@@ -1,9 +1,11 @@
 //! Clients that are remembered for an endpoint that serves them no more.
 //!
-//! Rules remember which endpoint a client got ([`crate::ruleset::Remember`]), and send it there again
-//! whatever has become of the endpoint. So when an endpoint leaves, the clients that got it are
-//! forgotten. Finding them means listing all who are remembered, up to a million: that is done on the
-//! thread of [`super::flows`], and deleting them between other transactions.
+//! Rules remember which endpoint a client got ([`crate::ruleset::Remember`]), and send it there again.
+//! When the endpoint has left, they drop that first packet and forget the client, which costs it an
+//! attempt. So the clients of an endpoint that leaves are forgotten before they come again, where that
+//! can be done: finding them means listing all who are remembered, up to a million. That takes the
+//! kernel half a minute; it is done on the thread of [`super::flows`], and deleting them between
+//! other transactions.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;

@@ -293,6 +293,16 @@ pub enum Expression {
         /// How long the element lives from now on, in milliseconds.
         timeout: u64,
     },
+    /// `delete @MAP { KEY : DATA }`: deletes the element with this key, if there is one, whatever its
+    /// data are.
+    DeleteFromMap {
+        /// The map's name.
+        map: String,
+        /// Where the key starts.
+        key: Register,
+        /// Where data start; the kernel wants to be told, and does not look.
+        data: Register,
+    },
     /// `counter`
     Counter,
     /// `limit rate RATE/UNIT burst BURST packets`
@@ -339,7 +349,7 @@ impl Expression {
             Expression::Nat { .. } => "nat",
             Expression::MasqueradeFullyRandom => "masq",
             Expression::RejectPortUnreachable | Expression::RejectTcpReset => "reject",
-            Expression::UpdateMap { .. } => "dynset",
+            Expression::UpdateMap { .. } | Expression::DeleteFromMap { .. } => "dynset",
             Expression::Counter => "counter",
             Expression::Limit { .. } => "limit",
             Expression::LogGroup { .. } => "log",
@@ -462,6 +472,12 @@ impl Expression {
                 put_u32(out, 4, key.0); // NFTA_DYNSET_SREG_KEY
                 put_u32(out, 5, data.0); // NFTA_DYNSET_SREG_DATA
                 put_u64(out, 6, *timeout); // NFTA_DYNSET_TIMEOUT
+            }
+            Expression::DeleteFromMap { map, key, data } => {
+                put_str(out, 1, map); // NFTA_DYNSET_SET_NAME
+                put_u32(out, 3, 2); // NFTA_DYNSET_OP: NFT_DYNSET_OP_DELETE
+                put_u32(out, 4, key.0); // NFTA_DYNSET_SREG_KEY
+                put_u32(out, 5, data.0); // NFTA_DYNSET_SREG_DATA
             }
             Expression::Counter => {
                 put_u64(out, 1, 0); // NFTA_COUNTER_BYTES

@@ -1,11 +1,13 @@
 //! Chains that remember which endpoint a client got: one for each family and timeout in use.
 
 use super::rule::Selector::{
-    L4Proto, OriginalDestination, OriginalDestinationPort, OriginalSource,
+    DestinationAddress, DestinationPort, L4Proto, OriginalDestination, OriginalDestinationPort,
+    OriginalSource,
 };
 use super::rule::{RuleBuilder, RuleSpec};
 use super::sets::SetName;
 use crate::model::Family;
+use crate::netlink::Verdict;
 
 /// The chain that remembers endpoints for a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -31,13 +33,29 @@ impl Remember {
         (remember.seconds > 0 && remember.name() == name).then_some(remember)
     }
 
-    /// The chain's rule. A client that is remembered keeps its endpoint and is remembered longer.
+    /// The chain's rules. A client that is remembered keeps its endpoint and is remembered longer, as
+    /// long as the endpoint serves there. Else its packet is dropped: the translation is done by now,
+    /// and cannot be done again before the client tries again.
     pub fn rules(self) -> Vec<RuleSpec> {
         let family = self.family;
-        let key =
-            [OriginalSource(family), OriginalDestination(family), L4Proto, OriginalDestinationPort];
+        let port = [L4Proto, OriginalDestinationPort];
+        let endpoint = [DestinationAddress(family), DestinationPort];
+        let address = [OriginalDestination(family)];
+        let client = [&[OriginalSource(family)], &address[..], &port[..]].concat();
         let map = SetName::Affinity(family);
-        vec![RuleBuilder::new().remember(family, &key, &map, self.seconds).build(None)]
+        let keep = |key: &[&[_]], set| {
+            let serves = RuleBuilder::new().in_set(&key.concat(), &set);
+            let keep = serves.remember(family, &client, &map, self.seconds);
+            keep.verdict(Verdict::Accept).build(None)
+        };
+        vec![
+            keep(&[&address, &port, &endpoint], SetName::StickyEndpoints(family)),
+            keep(&[&port, &endpoint], SetName::StickyNodePortEndpoints(family)),
+            RuleBuilder::new()
+                .forget(family, &client, &map)
+                .verdict(Verdict::Drop)
+                .build(Some("the endpoint has left: the client tries again")),
+        ]
     }
 }
 

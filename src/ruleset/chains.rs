@@ -145,16 +145,19 @@ fn service_key(family: Family) -> [Selector; 3] {
     [DestinationAddress(family), L4Proto, DestinationPort]
 }
 
-/// Where packets with loopback addresses may leave, they may come, too (CVE-2020-8558).
+/// Where packets with loopback addresses may leave, they may come, too (CVE-2020-8558). Whether they
+/// may is a setting of the kernel, which others make, too, and which outlives us: so the rules are
+/// always there.
 fn loopback() -> [RuleSpec; 2] {
     let from_elsewhere = || RuleBuilder::new().ct_state_new().not_from_loopback();
-    let at = |selector| {
-        from_elsewhere()
-            .in_set(&[selector], &SetName::LocalhostIps)
-            .verdict(Verdict::Drop)
-            .build(Some("loopback addresses from elsewhere"))
-    };
-    [at(DestinationAddress(Family::V4)), at(SourceAddress(Family::V4))]
+    [from_elsewhere().with_loopback_destination(), from_elsewhere().with_loopback_source()]
+        .map(|rule| rule.verdict(Verdict::Drop).build(Some("loopback addresses from elsewhere")))
+}
+
+/// What has been translated is on its way to an endpoint, whatever Service has the endpoint's address
+/// for its own.
+fn pass_translated() -> RuleSpec {
+    RuleBuilder::new().ct_status_dnat().verdict(Verdict::Return).build(Some("found its endpoint"))
 }
 
 fn source_firewall() -> [RuleSpec; 2] {
@@ -224,7 +227,7 @@ fn reject_connection() -> [RuleSpec; 2] {
     [tcp, RuleBuilder::new().reject().build(None)]
 }
 
-fn without_endpoints() -> [RuleSpec; 5] {
+fn without_endpoints() -> [RuleSpec; 6] {
     let [address4, address6] = Family::ALL.map(|family| {
         RuleBuilder::new().vmap(&service_key(family), &SetName::NoEndpoints(family)).build(None)
     });
@@ -237,11 +240,11 @@ fn without_endpoints() -> [RuleSpec; 5] {
         .in_set(&[DestinationAddress(Family::V4)], &SetName::LocalhostIps)
         .vmap(&[L4Proto, DestinationPort], &SetName::NoEndpointNodePorts(Family::V4))
         .build(None);
-    [address4, address6, node_port4, node_port6, at_localhost]
+    [pass_translated(), address4, address6, node_port4, node_port6, at_localhost]
 }
 
-/// What reaches this was not translated, so no Service has its address, or none its port.
-fn unknown_addresses() -> [RuleSpec; 4] {
+/// What goes on here was not translated, so no Service has its address, or none its port.
+fn unknown_addresses() -> [RuleSpec; 5] {
     let [port4, port6] = Family::ALL.map(|family| {
         RuleBuilder::new()
             .in_set(&[DestinationAddress(family)], &SetName::ClusterIps(family))
@@ -254,7 +257,7 @@ fn unknown_addresses() -> [RuleSpec; 4] {
             .verdict(Verdict::Drop)
             .build(Some("no such Service"))
     });
-    [port4, port6, address4, address6]
+    [pass_translated(), port4, port6, address4, address6]
 }
 
 fn postrouting() -> [RuleSpec; 3] {

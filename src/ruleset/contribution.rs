@@ -345,7 +345,7 @@ impl<'a> Entry<'a> {
             for (slot, backend) in (first..).zip(list) {
                 each(Element {
                     key: ElementKey::single(sets.endpoints.clone(), self.key().slot(slot)),
-                    value: Value::Endpoint(KeyBytes::backend(backend)),
+                    value: Value::Endpoint(KeyBytes::empty().backend(backend)),
                     comment: None,
                 });
             }
@@ -353,6 +353,13 @@ impl<'a> Entry<'a> {
         if let Some(remember) = self.remember() {
             let chain = ChainName::Shared(SharedChain::Remember(remember));
             each(element(&sets.sticky, Value::Goto(chain)));
+            // Whoever has several slots, or is on both lists, is here once.
+            let serving: BTreeSet<&Backend> =
+                self.lists().into_iter().flat_map(|(_, list)| list).collect();
+            for backend in serving {
+                let key = self.key().backend(backend);
+                each(set_element(ElementKey::single(sets.sticky_endpoints.clone(), key), None));
+            }
         }
     }
 
@@ -382,6 +389,7 @@ impl<'a> Entry<'a> {
                 endpoints: SetName::Endpoints(family),
                 nobody: SetName::NoEndpoints(family),
                 sticky: SetName::Sticky(family),
+                sticky_endpoints: SetName::StickyEndpoints(family),
             },
             Frontend::NodePort { .. } => EntrySets {
                 index: SetName::NodePorts(family),
@@ -389,6 +397,7 @@ impl<'a> Entry<'a> {
                 endpoints: SetName::NodePortEndpoints(family),
                 nobody: SetName::NoEndpointNodePorts(family),
                 sticky: SetName::StickyNodePorts(family),
+                sticky_endpoints: SetName::StickyNodePortEndpoints(family),
             },
         }
     }
@@ -401,6 +410,7 @@ struct EntrySets {
     endpoints: SetName,
     nobody: SetName,
     sticky: SetName,
+    sticky_endpoints: SetName,
 }
 
 /// How a client that is remembered is found, behind the client's own address: by the address,
@@ -411,7 +421,7 @@ pub(crate) fn affinity_key(frontend: &Frontend, protocol: Protocol) -> Vec<u8> {
 
 /// What a client that is remembered is found with.
 pub(crate) fn affinity_value(backend: &Backend) -> Vec<u8> {
-    KeyBytes::backend(backend).as_slice().to_vec()
+    KeyBytes::empty().backend(backend).as_slice().to_vec()
 }
 
 fn frontend_key(frontend: &Frontend, protocol: Protocol) -> KeyBytes {

@@ -115,8 +115,8 @@ pub struct KeyBytes {
 }
 
 impl KeyBytes {
-    /// Two IPv6 addresses, the longest key there is.
-    const CAPACITY: usize = 32;
+    /// A Service's IPv6 address and port, and an endpoint's: the longest key there is.
+    const CAPACITY: usize = 16 + 4 + 4 + 16 + 4;
 
     /// Bytes of an interface's name (`IFNAMSIZ`).
     const INTERFACE: usize = 16;
@@ -166,8 +166,8 @@ impl KeyBytes {
         KeyBytes::EMPTY
     }
 
-    pub(super) fn backend(backend: &Backend) -> KeyBytes {
-        KeyBytes::EMPTY.address(backend.address).port(backend.port)
+    pub(super) fn backend(self, backend: &Backend) -> KeyBytes {
+        self.address(backend.address).port(backend.port)
     }
 }
 

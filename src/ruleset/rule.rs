@@ -150,6 +150,28 @@ impl RuleBuilder {
         self
     }
 
+    /// `ip daddr 127.0.0.0/8`
+    pub fn with_loopback_destination(self) -> Self {
+        self.loopback4("ip daddr 127.0.0.0/8", destination_offset(Family::V4))
+    }
+
+    /// `ip saddr 127.0.0.0/8`
+    pub fn with_loopback_source(self) -> Self {
+        self.loopback4("ip saddr 127.0.0.0/8", source_offset(Family::V4))
+    }
+
+    fn loopback4(mut self, text: &str, offset: u32) -> Self {
+        self.see(Family::V4);
+        self.word(text);
+        let into = Register::word(0);
+        self.expressions.extend([
+            // As above.
+            Expression::Payload { base: PayloadBase::Network, offset, length: 1, into },
+            Expression::Cmp { register: into, op: CmpOp::Eq, with: vec![127] },
+        ]);
+        self
+    }
+
     /// `fib daddr type local`
     pub fn at_local_address(self) -> Self {
         self.local("fib daddr type local", Expression::FibDaddrType { into: Register::word(0) })
@@ -231,21 +253,39 @@ impl RuleBuilder {
         map: &SetName,
         seconds: u32,
     ) -> Self {
+        let (key_text, data_text, data) = self.load_client(family, key);
+        let timeout = duration(seconds);
+        self.word(&format!("update @{map} {{ {key_text} timeout {timeout} : {data_text} }}"));
+        self.expressions.push(Expression::UpdateMap {
+            map: map.name().into_owned(),
+            key: Register::word(0),
+            data,
+            timeout: u64::from(seconds) * 1000,
+        });
+        self
+    }
+
+    /// `delete @MAP { KEY : ip daddr . th dport }`, the address of `family`.
+    pub fn forget(mut self, family: Family, key: &[Selector], map: &SetName) -> Self {
+        let (key_text, data_text, data) = self.load_client(family, key);
+        self.word(&format!("delete @{map} {{ {key_text} : {data_text} }}"));
+        self.expressions.push(Expression::DeleteFromMap {
+            map: map.name().into_owned(),
+            key: Register::word(0),
+            data,
+        });
+        self
+    }
+
+    /// Loads a key, and behind it where the packet goes; returns the texts and where the latter is.
+    fn load_client(&mut self, family: Family, key: &[Selector]) -> (String, String, Register) {
         // Before anything is in the registers.
         self.see(family);
         let data = [Selector::DestinationAddress(family), Selector::DestinationPort];
         let key_text = self.load(key);
         let data_at = key.iter().map(|selector| selector.words()).sum();
         let data_text = self.load_from(data_at, &data);
-        let timeout = duration(seconds);
-        self.word(&format!("update @{map} {{ {key_text} timeout {timeout} : {data_text} }}"));
-        self.expressions.push(Expression::UpdateMap {
-            map: map.name().into_owned(),
-            key: Register::word(0),
-            data: Register::word(data_at),
-            timeout: u64::from(seconds) * 1000,
-        });
-        self
+        (key_text, data_text, Register::word(data_at))
     }
 
     /// `meta mark & BIT == BIT`

@@ -93,6 +93,10 @@ pub enum SetName {
     Sticky(Family),
     /// Node ports with session affinity, to the chain for their timeout.
     StickyNodePorts(Family),
+    /// Service address and port with session affinity, and an endpoint that serves there.
+    StickyEndpoints(Family),
+    /// The same for node ports.
+    StickyNodePortEndpoints(Family),
     /// Client, address and port to the endpoint that the client got last.
     Affinity(Family),
     /// Endpoints on this node, as source and destination: connections that come back to where
@@ -148,7 +152,7 @@ impl SetName {
     /// The sets that are always there, in listing order.
     pub fn fixed() -> Vec<SetName> {
         type OfFamily = fn(Family) -> SetName;
-        const OF_FAMILY: [OfFamily; 18] = [
+        const OF_FAMILY: [OfFamily; 20] = [
             SetName::ClusterIps,
             SetName::NodePortIps,
             SetName::ServiceCidrs,
@@ -164,6 +168,8 @@ impl SetName {
             SetName::NoEndpointNodePorts,
             SetName::Sticky,
             SetName::StickyNodePorts,
+            SetName::StickyEndpoints,
+            SetName::StickyNodePortEndpoints,
             SetName::Affinity,
             SetName::Hairpin,
             SetName::LoadBalancerFirewall,
@@ -206,6 +212,10 @@ impl SetName {
             }
             SetName::Sticky(f) => by_family(f, "sticky4", "sticky6"),
             SetName::StickyNodePorts(f) => by_family(f, "sticky-nodeports4", "sticky-nodeports6"),
+            SetName::StickyEndpoints(f) => by_family(f, "sticky-endpoints4", "sticky-endpoints6"),
+            SetName::StickyNodePortEndpoints(f) => {
+                by_family(f, "sticky-nodeport-endpoints4", "sticky-nodeport-endpoints6")
+            }
             SetName::Affinity(f) => by_family(f, "affinity4", "affinity6"),
             SetName::Hairpin(f) => by_family(f, "hairpin4", "hairpin6"),
             SetName::LoadBalancerFirewall(f) => {
@@ -264,6 +274,16 @@ impl SetName {
             }
             SetName::Sticky(f) => (service(f), Verdict, "session affinity: for how long"),
             SetName::StickyNodePorts(_) => (node_port(), Verdict, "session affinity: for how long"),
+            SetName::StickyEndpoints(f) => (
+                vec![Address(f), Protocol, Port, Address(f), Port],
+                None,
+                "session affinity: Service address and who serves there",
+            ),
+            SetName::StickyNodePortEndpoints(f) => (
+                vec![Protocol, Port, Address(f), Port],
+                None,
+                "session affinity: node port and who serves there",
+            ),
             SetName::Affinity(f) => (
                 vec![Address(f), Address(f), Protocol, Port],
                 Endpoint(f),

@@ -90,6 +90,7 @@ pub fn cases() -> Vec<Case> {
         hashed(Family::V6),
         remembered4(),
         remembered6(),
+        forgotten(),
     ]
 }
 
@@ -370,6 +371,54 @@ fn remembered6() -> Case {
             let client = "2001:db8:1::10".parse::<std::net::Ipv6Addr>()?.octets();
             let value = [&endpoint6(0xa)[..], &[0x1f, 0x90, 0, 0]].concat();
             expect_memory(world, &[(&client, &value)])
+        },
+    }
+}
+
+fn forgotten() -> Case {
+    Case {
+        name: "a map of clients that rules write and clear",
+        sets: |batch| batch.add_set(&memory(IPV4_ADDR)),
+        chains: vec![("c", Some(INPUT))],
+        rules: vec![
+            (
+                "c",
+                rule![
+                    ip4(),
+                    to_port(PORT),
+                    [saddr4(FIRST), daddr4(Register::word(1)), dport(Register::word(2))],
+                    [remember(Register::word(1))],
+                ],
+            ),
+            (
+                "c",
+                rule![
+                    ip4(),
+                    to_port(OTHER_PORT),
+                    [saddr4(FIRST), daddr4(Register::word(1)), dport(Register::word(2))],
+                    [Expression::DeleteFromMap {
+                        map: "memory".into(),
+                        key: FIRST,
+                        data: Register::word(1),
+                    }],
+                ],
+            ),
+        ],
+        listed: "map memory { type ipv4_addr : ipv4_addr . inet_service
+                size 2 flags dynamic,timeout }
+            chain c { type filter hook input priority filter; policy accept;
+                th dport 8080
+                update @memory { ip saddr timeout 1h : ip daddr . th dport }
+                th dport 8081
+                delete @memory { ip saddr : ip daddr . th dport } }",
+        fate: |world| {
+            let [v4, _] = node(world);
+            let from = |last: u8, port| (udp(v4, port).source([192, 0, 2, last]), Fate::By("node"));
+            expect(&world.lab.allowed, &[from(10, PORT), from(11, PORT)])?;
+            // Who is not remembered cannot be forgotten, and the data do not matter.
+            expect(&world.lab.allowed, &[from(10, OTHER_PORT), from(12, OTHER_PORT)])?;
+            let endpoint = [[192, 168, 77, 1], [0x1f, 0x90, 0, 0]].concat();
+            expect_memory(world, &[(&[192, 0, 2, 11], &endpoint)])
         },
     }
 }

@@ -132,6 +132,7 @@ const KINDS: &[&str] = &[
     "counter",
     "limit",
     "log",
+    "delete from map",
 ];
 
 /// What an expression is, so that none is forgotten: a new variant does not compile here.
@@ -148,6 +149,7 @@ fn kind(expression: &Expression) -> &'static str {
         Expression::JenkinsHash { .. } => "jhash",
         Expression::LookupInverted { .. } => "lookup inverted",
         Expression::UpdateMap { .. } => "update map",
+        Expression::DeleteFromMap { .. } => "delete from map",
         Expression::NumgenRandom { .. } => "numgen",
         Expression::Bitwise { .. } => "bitwise",
         Expression::Cmp { op: CmpOp::Eq, .. } => "cmp eq",

@@ -1,15 +1,19 @@
 //! How an endpoint is chosen: by affinity, by a hash of the client's address, by weight.
 
 use std::collections::BTreeSet;
+use std::net::IpAddr;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use portcullis_integration::lab::{FAMILIES, eventually};
+use portcullis_integration::daemon::{NODE_NAME, command};
+use portcullis_integration::lab::{FAMILIES, Family, Host, eventually};
 use portcullis_integration::manifest::{Endpoint, replace};
-use portcullis_integration::traffic::{Protocol, distribution, probe_many};
+use portcullis_integration::traffic::{Probe, Protocol, distribution, probe_many};
 use serde_json::json;
 
-use super::{ELSEWHERE, HERE, NOTICE, PROTOCOLS, World, answers, exposed, servers, targets};
+use super::{
+    DROPPED, ELSEWHERE, HERE, NOTICE, PROTOCOLS, World, answers, exposed, servers, targets,
+};
 
 #[test]
 fn clients_keep_their_endpoint() -> Result<()> {
@@ -97,6 +101,62 @@ fn clients_are_forgotten_in_time() -> Result<()> {
     });
     ensure!(both, "always {seen:?}");
     Ok(())
+}
+
+/// Finding all whom an endpoint that left had for clients takes time; who comes meanwhile is not sent
+/// there.
+#[test]
+fn nobody_is_kept_at_an_endpoint_that_left() -> Result<()> {
+    let Some(world) = World::new(2)? else { return Ok(()) };
+    let lab = &world.lab;
+    let _servers = servers(lab)?;
+    let mut manifest = exposed(20, lab, &json!({ "sessionAffinity": "ClientIP" }));
+    manifest.endpoints = Endpoint::of(&lab.pods[1]).to_vec();
+    manifest.write(&world.manifests)?;
+    // Without a daemon nobody looks for such clients, and anybody may write to the table.
+    let directory = world.manifests.to_str().context("a path in UTF-8")?;
+    let once = ["run", "--once", "--node-cidr", "--node-name", NODE_NAME, "--manifests", directory];
+    let output = lab.node.output(command(&once)?)?;
+    ensure!(output.status.success(), "{output:?}");
+    for (to, family) in targets(lab, &manifest, 20).into_iter().zip(FAMILIES.into_iter().cycle()) {
+        for client in [&lab.allowed, &lab.node, &lab.pods[1]] {
+            for (protocol, name) in PROTOCOLS.into_iter().zip(["tcp", "udp"]) {
+                let gone = lab.pods[0].address(family);
+                for source in sources(client, family)? {
+                    lab.node.nft(&format!(
+                        "add element inet portcullis affinity{} {{ {source} . {} . {name} . {} \
+                         timeout 1h : {gone} . 8080 }}",
+                        if family == Family::V4 { 4 } else { 6 },
+                        to.ip(),
+                        to.port(),
+                    ))?;
+                }
+                // A datagram is lost; TCP sends its SYN again after a second.
+                let first = Probe::new(to, protocol).timeout(match protocol {
+                    Protocol::Udp => DROPPED,
+                    _ => NOTICE,
+                });
+                let (outcome, by) = (first.run(client)?, client.name());
+                let expected = (protocol != Protocol::Udp).then_some(HERE[1]);
+                ensure!(outcome.by() == expected, "{by} -> {to} {protocol:?}: {outcome:?}");
+                let by = answers(client, to, protocol, 2)?;
+                ensure!(by == BTreeSet::from([HERE[1].to_owned()]), "{to} {protocol:?}: {by:?}");
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The addresses that `host` may have for a source: it has several.
+fn sources(host: &Host, family: Family) -> Result<Vec<IpAddr>> {
+    let listed = host.run(&["ip", "-o", "address", "show", "scope", "global"])?;
+    let addresses =
+        listed.lines().filter_map(|line| line.split_whitespace().nth(3)?.split('/').next());
+    let addresses = addresses.map(str::parse).collect::<Result<BTreeSet<IpAddr>, _>>()?;
+    Ok(addresses
+        .into_iter()
+        .filter(|address| address.is_ipv4() == (family == Family::V4))
+        .collect())
 }
 
 #[test]

@@ -4,9 +4,9 @@ use std::collections::BTreeSet;
 use std::fs;
 
 use anyhow::{Result, ensure};
-use portcullis_integration::lab::eventually;
-use portcullis_integration::manifest::Endpoint;
-use portcullis_integration::traffic::Protocol;
+use portcullis_integration::lab::{FAMILIES, eventually};
+use portcullis_integration::manifest::{Endpoint, Manifest, Port};
+use portcullis_integration::traffic::{Outcome, Protocol, probe};
 use serde_json::{Value, json};
 
 use super::{ELSEWHERE, HERE, NOTICE, World, answers, exposed, servers, targets};
@@ -91,5 +91,32 @@ fn hints_and_endpoints_that_leave() -> Result<()> {
         by == BTreeSet::from([ELSEWHERE.to_owned()])
     };
     ensure!(eventually(NOTICE, moved), "the zone of the node makes no difference");
+    Ok(())
+}
+
+/// Somebody may call an endpoint's address an external one, without endpoints of its own.
+#[test]
+fn an_address_without_endpoints_hides_no_endpoint() -> Result<()> {
+    let Some(world) = World::new(2)? else { return Ok(()) };
+    let lab = &world.lab;
+    let _servers = servers(lab)?;
+    exposed(20, lab, &json!({})).write(&world.manifests)?;
+    let mut empty =
+        Manifest::new("empty", 21, lab).port(Port::new("", Protocol::Tcp, 8080, 8080, 30200));
+    empty.endpoints.clear();
+    let pods = FAMILIES.map(|family| lab.pods[0].address(family));
+    empty.extra = json!({ "spec": { "externalIPs": pods } });
+    empty.write(&world.manifests)?;
+    let _daemon = world.daemon(&["--node-cidr"])?;
+    for to in targets(lab, &exposed(20, lab, &json!({})), 20) {
+        for client in [&lab.allowed, &lab.node, &lab.pods[1]] {
+            let by = answers(client, to, Protocol::Tcp, 20)?;
+            ensure!(by.len() == 2, "{} -> {to}: {by:?}", client.name());
+        }
+    }
+    for pod in pods {
+        let outcome = probe(&lab.pods[1], (pod, 8080), Protocol::Tcp)?;
+        ensure!(outcome == Outcome::Refused, "{pod}: {outcome:?}");
+    }
     Ok(())
 }

@@ -62,11 +62,17 @@ fn node_ports_at_localhost() -> Result<()> {
     let guard =
         lab.node.run(&["nft", "list", "chain", "inet", "portcullis", "firewall-prerouting"])?;
     for direction in ["daddr", "saddr"] {
-        let rule = format!("iifname != \"lo\" ip {direction} @localhost-ips4 drop");
+        let rule = format!("iifname != \"lo\" ip {direction} 127.0.0.0/8 drop");
         ensure!(guard.contains(&rule), "{guard}");
     }
     let set = lab.node.run(&["nft", "list", "set", "inet", "portcullis", "localhost-ips4"])?;
     ensure!(set.contains("127.0.0.0/8"), "{set}");
+    daemon.terminate(NOTICE)?;
+    // The setting stays when nobody asks for it any more, and so do the rules.
+    let daemon = world.daemon(&[])?;
+    ensure!(lab.node.sysctl("net.ipv4.conf.all.route_localnet")?.trim() == "1", "set back");
+    let outcome = from_neighbour(OWN_PORT)?;
+    ensure!(outcome == Outcome::TimedOut, "a neighbour gets in without the flag: {outcome:?}");
     daemon.terminate(NOTICE)?;
     lab.node.nft("delete table inet portcullis")?;
     let outcome = from_neighbour(OWN_PORT)?;

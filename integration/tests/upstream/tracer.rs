@@ -332,6 +332,7 @@ impl<'a> Walk<'a> {
             }
             // Nobody connected before, so nobody is remembered.
             Expression::UpdateMap { .. }
+            | Expression::DeleteFromMap { .. }
             | Expression::Counter
             | Expression::Limit { .. }
             | Expression::LogGroup { .. } => {}
