@@ -277,9 +277,8 @@ fn delete_flows(
             // The node's own connections are exempt from the firewall.
             let result = socket.delete_flows(family, |flow| {
                 let in_force = lock(in_force);
-                let at_node_port = in_force.has_node_ports_at(flow.destination)
-                    // Health checks are answered by a process of the node.
-                    && (flow.translated || own(flow.destination))
+                let at_node_port = own(flow.destination)
+                    && in_force.has_node_ports_at(flow.destination)
                     && !own(flow.source)
                     && in_force.guarded.forbids_at_node_port(&suspects.revoked, flow);
                 at_node_port
