@@ -19,7 +19,7 @@ use ipnet::IpNet;
 
 use super::affinity::{self, Forgotten, Lapsed, Remembered};
 use super::revoke::{Guarded, Revocation};
-use super::stale::{Destination, Served};
+use super::stale::{Destination, Left, Served};
 use crate::host::own_addresses;
 use crate::model::Family;
 use crate::netlink::{Error, Socket};
@@ -61,13 +61,19 @@ pub struct Suspects {
     pub revoked: HashSet<Revocation>,
     /// Those to where somebody served who may not serve any more.
     pub unserved: HashSet<Destination>,
+    /// Those that a table led to which was found.
+    pub left: Left,
     /// Clients that are remembered for somebody who does not serve them any more.
     pub lapsed: Lapsed,
 }
 
 impl Suspects {
     fn is_empty(&self) -> bool {
-        self.revoked.is_empty() && self.unserved.is_empty() && self.lapsed.is_empty()
+        self.revoked.is_empty() && !self.has_unserved() && self.lapsed.is_empty()
+    }
+
+    fn has_unserved(&self) -> bool {
+        !self.unserved.is_empty() || !self.left.is_empty()
     }
 
     /// Adds what a change means; where it is not known what was before, everything.
@@ -80,6 +86,7 @@ impl Suspects {
     fn extend(&mut self, other: Suspects) {
         self.revoked.extend(other.revoked);
         self.unserved.extend(other.unserved);
+        self.left.extend(other.left);
         self.lapsed.extend(other.lapsed);
     }
 }
@@ -290,12 +297,13 @@ fn delete_flows(
                 0
             });
         }
-        if !suspects.unserved.is_empty() {
+        if suspects.has_unserved() {
             let result = socket.delete_flows(family, |flow| {
                 let in_force = lock(in_force);
                 let at_node_port =
                     own(flow.destination) && in_force.has_node_ports_at(flow.destination);
-                in_force.served.forbids(&suspects.unserved, flow, family, at_node_port)
+                let Suspects { unserved, left, .. } = suspects;
+                in_force.served.forbids(unserved, left, flow, family, at_node_port)
             });
             deleted.unserved += result.unwrap_or_else(|error| {
                 failed.get_or_insert(error);

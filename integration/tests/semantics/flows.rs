@@ -5,7 +5,7 @@ use std::fs;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use anyhow::{Context, Result, ensure};
-use portcullis_integration::lab::{Namespace, eventually};
+use portcullis_integration::lab::{FAMILIES, Namespace, eventually};
 use portcullis_integration::manifest::{Endpoint, Manifest};
 use portcullis_integration::traffic::{Flow, Outcome, Probe, Protocol, Server};
 use serde_json::{Value, json};
@@ -163,6 +163,46 @@ fn flows_at_localhost_follow_the_endpoints() -> Result<()> {
     udp.become_so("the other left while the daemon was gone", by(first))?;
     fs::remove_file(world.manifests.join("web-20.json"))?;
     udp.become_so("the Service is gone", |outcome| outcome.by().is_none())
+}
+
+#[test]
+fn flows_of_what_went_while_nobody_looked_end() -> Result<()> {
+    let Some(world) = World::new(2)? else { return Ok(()) };
+    let lab = &world.lab;
+    let _servers = servers(lab)?;
+    let [first, second] = HERE;
+    let manifest = exposed(20, lab, &json!({}));
+    let to = targets(lab, &manifest, 20);
+    give(&world, &manifest, &[(0, Value::Null)])?;
+    let other = exposed(21, lab, &json!({}));
+    give(&world, &other, &[(0, Value::Null)])?;
+    let daemon = world.daemon(&["--node-cidr"])?;
+    let mut udp = Flows::open(&lab.allowed, &to, Protocol::Udp)?;
+    let mut others = Flows::open(&lab.allowed, &targets(lab, &other, 21), Protocol::Udp)?;
+    let before = others.answers()?;
+    daemon.kill()?;
+    udp.become_so("the daemon is gone", by(first))?;
+    fs::remove_file(world.manifests.join("web-20.json"))?;
+    // Somebody else takes over the node port meanwhile.
+    let [v4, v6] = FAMILIES.map(|family| lab.pods[1].address(family));
+    lab.node.nft(&format!(
+        "table inet other {{
+             chain prerouting {{
+                 type nat hook prerouting priority dstnat - 10;
+                 udp dport {NODE_PORT} dnat ip to {v4}:8080
+                 udp dport {NODE_PORT} dnat ip6 to [{v6}]:8080
+             }}
+         }}"
+    ))?;
+    let node_ports = FAMILIES.map(|family| SocketAddr::new(lab.node.address(family), NODE_PORT));
+    let mut foreign = Flows::open(&lab.allowed, &node_ports, Protocol::Udp)?;
+    foreign.become_so("somebody else has the node port", by(second))?;
+    lab.node.nft("delete table inet other")?;
+
+    let _daemon = world.daemon(&["--node-cidr"])?;
+    udp.become_so("the Service is gone", |outcome| outcome.by().is_none())?;
+    foreign.become_so("what others translate is theirs", by(second))?;
+    others.stay("another Service", &before)
 }
 
 /// A client begins before there is such a Service: a router takes its datagrams elsewhere.
