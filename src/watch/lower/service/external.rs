@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 use std::num::NonZeroU16;
 
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net};
 use k8s_openapi::api::core::v1 as core;
 
 use super::super::{Findings, port, shown, unicast};
@@ -113,7 +113,7 @@ fn ranges(spec: &core::ServiceSpec, findings: &mut Findings) -> SourceRestrictio
     for (index, text) in spec.load_balancer_source_ranges.iter().flatten().enumerate() {
         // The API server leaves white space where it is, as kube-proxy does.
         if let Ok(cidr) = text.trim().parse::<IpNet>() {
-            cidrs.push(cidr);
+            cidrs.push(unmapped(cidr));
             continue;
         }
         closed = true;
@@ -143,6 +143,15 @@ fn ranges(spec: &core::ServiceSpec, findings: &mut Findings) -> SourceRestrictio
         );
     }
     SourceRestriction::Allow(CidrSet::new(cidrs))
+}
+
+/// IPv4 as it is, also where it is written as IPv6 (`::ffff:192.0.2.0/120`): to kube-proxy such a
+/// range is one of IPv4, and packets never have such addresses.
+fn unmapped(cidr: IpNet) -> IpNet {
+    let IpNet::V6(v6) = cidr else { return cidr };
+    let v4 = v6.addr().to_ipv4_mapped().zip(v6.prefix_len().checked_sub(96));
+    let v4 = v4.and_then(|(address, length)| Ipv4Net::new(address, length).ok());
+    v4.map_or(cidr, IpNet::V4)
 }
 
 fn health_check_port(spec: &core::ServiceSpec, findings: &mut Findings) -> Option<NonZeroU16> {

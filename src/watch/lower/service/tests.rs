@@ -404,6 +404,9 @@ fn source_ranges() {
         (json!([]), SourceRestriction::Unrestricted, None),
         (json!(["10.0.0.0/8"]), cidrs("10.0.0.0/8"), None),
         (json!([" 10.0.0.0/8 ", "192.0.2.0/24"]), cidrs("10.0.0.0/8, 192.0.2.0/24"), None),
+        // IPv4, to kube-proxy too.
+        (json!(["::ffff:192.0.2.11/128"]), cidrs("192.0.2.11/32"), None),
+        (json!(["::ffff:192.0.2.11/120"]), cidrs("192.0.2.0/24"), None),
         (json!(["10.0.0.0"]), SourceRestriction::Closed, Some(format!("{field}[0]"))),
         (
             json!(["10.0.0.0/8", "everybody"]),
