@@ -33,8 +33,11 @@ impl External {
         let traffic = policy(spec.external_traffic_policy.as_deref(), field, findings);
         let load_balancer_ips =
             if balanced { load_balancer_ips(object, cluster_ips, findings) } else { Vec::new() };
-        let ranges =
-            if balanced { ranges(spec, findings) } else { SourceRestriction::Unrestricted };
+        let ranges = if balanced {
+            ranges(spec, cluster_ips, findings)
+        } else {
+            SourceRestriction::Unrestricted
+        };
         let asks = balanced && traffic == TrafficPolicy::Local;
         let health_check_port = if asks { health_check_port(spec, findings) } else { None };
         External {
@@ -107,7 +110,11 @@ fn take(
 }
 
 /// `loadBalancerSourceRanges`. A list that is not understood closes the addresses that it is about.
-fn ranges(spec: &core::ServiceSpec, findings: &mut Findings) -> SourceRestriction {
+fn ranges(
+    spec: &core::ServiceSpec,
+    cluster_ips: &[IpAddr],
+    findings: &mut Findings,
+) -> SourceRestriction {
     let mut cidrs: Vec<IpNet> = Vec::new();
     let mut closed = false;
     for (index, text) in spec.load_balancer_source_ranges.iter().flatten().enumerate() {
@@ -130,17 +137,17 @@ fn ranges(spec: &core::ServiceSpec, findings: &mut Findings) -> SourceRestrictio
     if cidrs.is_empty() {
         return SourceRestriction::Unrestricted;
     }
-    let family = |family| cidrs.iter().any(|cidr| Family::of(cidr.network()) == family);
-    let [v4, v6] = Family::ALL.map(family);
-    if v4 != v6 && spec.ip_families.iter().flatten().count() > 1 {
-        findings.warning(
-            "spec.loadBalancerSourceRanges",
-            format!(
+    let restricted = |family| cidrs.iter().any(|cidr| Family::of(cidr.network()) == family);
+    let served = |family| cluster_ips.iter().any(|address| Family::of(*address) == family);
+    for family in Family::ALL {
+        if served(family) && !restricted(family) {
+            let message = format!(
                 "no range is of IPv{}: over that family everyone may connect, as with kube-proxy \
                  (node ports are restricted by the annotation {SOURCES_ANNOTATION})",
-                if v4 { 6 } else { 4 }
-            ),
-        );
+                family.digit()
+            );
+            findings.warning("spec.loadBalancerSourceRanges", message);
+        }
     }
     SourceRestriction::Allow(CidrSet::new(cidrs))
 }
