@@ -1,7 +1,8 @@
 //! What the daemon answers over HTTP: to load balancers, to probes, and to whoever collects metrics.
 
 use std::fs;
-use std::net::{SocketAddr, TcpStream};
+use std::io::{Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -260,6 +261,36 @@ fn idle_connections_keep_nobody_from_an_answer() -> Result<()> {
     }
     let closed = || descriptors().is_ok_and(|now| now <= before);
     ensure!(eventually(NOTICE, closed), "{before} descriptors, now {:?}", descriptors());
+    Ok(())
+}
+
+/// `nc -N` and others end their side of a connection with the question.
+#[test]
+fn clients_that_only_listen_get_an_answer() -> Result<()> {
+    let Some(world) = World::new()? else { return Ok(()) };
+    world.web.write(&world.manifests)?;
+    let _daemon = world.daemon()?;
+    world.becomes(2)?;
+    let ask = |port: u16, version: &str| -> Result<String> {
+        let to = SocketAddr::new(world.lab.node.v4.into(), port);
+        let mut stream = TcpStream::connect_timeout(&to, NOTICE)?;
+        stream.set_read_timeout(Some(NOTICE))?;
+        let question = format!("GET /healthz HTTP/{version}\r\nHost: {to}\r\n\r\n");
+        stream.write_all(question.as_bytes())?;
+        stream.shutdown(Shutdown::Write)?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        Ok(answer)
+    };
+    for port in [CHECK_PORT, 10256] {
+        for version in ["1.0", "1.1"] {
+            for number in 0..100 {
+                let answer = world.lab.allowed.enter(|| ask(port, version))?;
+                let well = answer.starts_with(&format!("HTTP/{version} 200 OK\r\n"));
+                ensure!(well, "port {port}, HTTP/{version}, question {number}: {answer:?}");
+            }
+        }
+    }
     Ok(())
 }
 

@@ -8,6 +8,7 @@ use super::applied::{
     delete_firewall, tag,
 };
 use super::listing::{Endpoints, Listing, backend, is_ours, with_slot, without_slot};
+use super::stale::Left;
 use crate::model::{Backend, Family};
 use crate::netlink::{
     self, Batch, ChainDump, Data, ElementDump, HookDump, Hooked, RuleDump, SetData, SetDump,
@@ -119,6 +120,28 @@ impl Found {
             })
             .collect();
         (!slots.is_empty()).then_some(slots)
+    }
+
+    /// Whom flows were led to.
+    pub fn left(&self) -> Left {
+        let mut left = Left::default();
+        for ((map, key, _), slots) in &self.endpoints {
+            for backend in slots.iter().flatten() {
+                left.add(map, key.as_slice(), *backend);
+            }
+        }
+        for (key, (data, _)) in &self.elements {
+            let (SetName::Endpoints(family) | SetName::NodePortEndpoints(family)) = key.set else {
+                continue;
+            };
+            if let Some(Data::Value(value)) = data
+                && let Some(((map, key, _), _)) = without_slot(key)
+                && let Some(backend) = backend(family, value)
+            {
+                left.add(&map, key.as_slice(), backend);
+            }
+        }
+        left
     }
 
     /// Writes into `batch` what makes the kernel hold exactly these contributions.

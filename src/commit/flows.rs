@@ -11,6 +11,7 @@
 
 use std::collections::HashSet;
 use std::fmt;
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::Duration;
 
@@ -18,10 +19,10 @@ use ipnet::IpNet;
 
 use super::affinity::{self, Forgotten, Lapsed, Remembered};
 use super::revoke::{Guarded, Revocation};
-use super::stale::{Destination, Served};
+use super::stale::{Destination, Left, Served};
 use crate::host::own_addresses;
 use crate::model::Family;
-use crate::netlink::{Error, Flow, Socket};
+use crate::netlink::{Error, Socket};
 use crate::ruleset::Contribution;
 
 /// Looks for connections on a thread of its own, so that a long connection table holds up no commit.
@@ -39,8 +40,18 @@ struct InForce {
     guarded: Guarded,
     served: Served,
     remembered: Remembered,
-    /// CIDRs at whose local addresses node ports are served.
+    /// CIDRs at whose local addresses node ports are served, but for loopback addresses.
     node_addresses: Vec<IpNet>,
+    /// Loopback CIDRs at which they are served.
+    localhost: Vec<IpNet>,
+}
+
+impl InForce {
+    /// Whether node ports are served at this address, if it is the node's own.
+    fn has_node_ports_at(&self, address: IpAddr) -> bool {
+        let cidrs = if address.is_loopback() { &self.localhost } else { &self.node_addresses };
+        cidrs.iter().any(|cidr| cidr.contains(&address))
+    }
 }
 
 /// What connections are to be looked at after a transaction.
@@ -50,13 +61,19 @@ pub struct Suspects {
     pub revoked: HashSet<Revocation>,
     /// Those to where somebody served who may not serve any more.
     pub unserved: HashSet<Destination>,
+    /// Those that a table led to which was found.
+    pub left: Left,
     /// Clients that are remembered for somebody who does not serve them any more.
     pub lapsed: Lapsed,
 }
 
 impl Suspects {
     fn is_empty(&self) -> bool {
-        self.revoked.is_empty() && self.unserved.is_empty() && self.lapsed.is_empty()
+        self.revoked.is_empty() && !self.has_unserved() && self.lapsed.is_empty()
+    }
+
+    fn has_unserved(&self) -> bool {
+        !self.unserved.is_empty() || !self.left.is_empty()
     }
 
     /// Adds what a change means; where it is not known what was before, everything.
@@ -69,6 +86,7 @@ impl Suspects {
     fn extend(&mut self, other: Suspects) {
         self.revoked.extend(other.revoked);
         self.unserved.extend(other.unserved);
+        self.left.extend(other.left);
         self.lapsed.extend(other.lapsed);
     }
 }
@@ -126,7 +144,7 @@ impl Sweeper {
         come: impl IntoIterator<Item = &'a Contribution>,
     ) {
         let mut in_force = lock(&self.in_force);
-        let InForce { guarded, served, remembered, node_addresses } = &mut *in_force;
+        let InForce { guarded, served, remembered, node_addresses, localhost } = &mut *in_force;
         // A port may go from one to another.
         for contribution in gone {
             guarded.release(contribution);
@@ -138,7 +156,8 @@ impl Sweeper {
             served.acquire(contribution);
             remembered.acquire(contribution);
             if let Contribution::Node(node) = contribution {
-                *node_addresses = [&node.nodeport_cidrs[..], &node.localhost_cidrs].concat();
+                node_addresses.clone_from(&node.nodeport_cidrs);
+                localhost.clone_from(&node.localhost_cidrs);
             }
         }
     }
@@ -255,10 +274,9 @@ fn delete_flows(
     suspects: &Suspects,
     in_force: &Mutex<InForce>,
 ) -> Result<Deleted, Error> {
-    let own = own_addresses();
-    let node_port = |flow: &Flow, in_force: &InForce| {
-        in_force.node_addresses.iter().any(|cidr| cidr.contains(&flow.destination))
-    };
+    let addresses = own_addresses();
+    // A loopback interface answers for its whole network, though it has one address of it.
+    let own = |address: IpAddr| address.is_loopback() || addresses.contains(&address);
     let mut deleted = Deleted::default();
     let mut failed = None;
     for family in Family::ALL {
@@ -266,10 +284,9 @@ fn delete_flows(
             // The node's own connections are exempt from the firewall.
             let result = socket.delete_flows(family, |flow| {
                 let in_force = lock(in_force);
-                let at_node_port = node_port(flow, &in_force)
-                    // Health checks are answered by a process of the node.
-                    && (flow.translated || own.contains(&flow.destination))
-                    && !own.contains(&flow.source)
+                let at_node_port = own(flow.destination)
+                    && in_force.has_node_ports_at(flow.destination)
+                    && !own(flow.source)
                     && in_force.guarded.forbids_at_node_port(&suspects.revoked, flow);
                 at_node_port
                     || flow.translated
@@ -280,11 +297,13 @@ fn delete_flows(
                 0
             });
         }
-        if !suspects.unserved.is_empty() {
+        if suspects.has_unserved() {
             let result = socket.delete_flows(family, |flow| {
                 let in_force = lock(in_force);
-                let at_node_port = own.contains(&flow.destination) && node_port(flow, &in_force);
-                in_force.served.forbids(&suspects.unserved, flow, family, at_node_port)
+                let at_node_port =
+                    own(flow.destination) && in_force.has_node_ports_at(flow.destination);
+                let Suspects { unserved, left, .. } = suspects;
+                in_force.served.forbids(unserved, left, flow, family, at_node_port)
             });
             deleted.unserved += result.unwrap_or_else(|error| {
                 failed.get_or_insert(error);

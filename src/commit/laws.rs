@@ -9,6 +9,8 @@ use proptest::prelude::*;
 
 use super::adopt::lay_out;
 use super::applied::Applied;
+use super::listing::backend;
+use super::stale::Left;
 use crate::model::{
     Backend, Balancing, CidrSet, Endpoint, EndpointSlice, Family, Hints, Node, NodeContext,
     Protocol, Readiness, Service, ServiceName, ServicePort, SliceName, SlicePort,
@@ -16,8 +18,8 @@ use crate::model::{
 };
 use crate::netlink::replay::Table;
 use crate::netlink::{Batch, TableFlags};
-use crate::plan::{Desired, ServicePlan, plan_service};
-use crate::ruleset::{Contribution, Subject, TABLE};
+use crate::plan::{Desired, Frontend, ServicePlan, plan_service};
+use crate::ruleset::{Contribution, Element, ElementKey, SetName, Subject, TABLE, Value};
 
 /// A Service in few enough variants that random ones collide.
 #[derive(Clone, Debug)]
@@ -317,6 +319,38 @@ proptest! {
         applied.stage(targets(&desired, &applied, services), &mut batch);
         table.apply(&batch.finish());
         prop_assert_eq!(table, empty_table());
+    }
+
+    /// Whom flows were led to is read from a table as it was planned.
+    #[test]
+    fn what_was_left_is_known(history in history()) {
+        let (_, _, applied) = live_through(&history);
+        let mut left = Left::default();
+        for contribution in applied.contributions() {
+            contribution.elements(|Element { key: ElementKey { set, bytes, .. }, value, .. }| {
+                let (SetName::Endpoints(family) | SetName::NodePortEndpoints(family)) = set else {
+                    return;
+                };
+                let Value::Endpoint(value) = value else { panic!("{value:?} in {set}") };
+                let key = bytes.as_slice().split_last_chunk::<4>().unwrap().0;
+                left.add(&set, key, backend(family, value.as_slice()).unwrap());
+            });
+        }
+        let plans = applied.contributions().filter_map(Contribution::plan);
+        let mut pools = plans.flat_map(|plan| &plan.pools).filter(|p| p.protocol == Protocol::Udp);
+        let led = pools.any(|pool| {
+            let serves = |frontend: &Frontend| match frontend {
+                Frontend::ClusterIp { .. } => !pool.serving(frontend).is_empty(),
+                // Pods of the node and the node itself are led to all.
+                Frontend::External { .. } | Frontend::NodePort { .. } => !pool.backends.is_empty(),
+            };
+            pool.frontends.iter().any(serves)
+        });
+        prop_assert_eq!(left.is_empty(), !led);
+        for contribution in applied.contributions() {
+            left.spare(contribution);
+        }
+        prop_assert!(left.is_empty(), "{:?}", left);
     }
 
     /// A change names everybody for whom something else is in force or to be said after it.

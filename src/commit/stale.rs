@@ -12,7 +12,7 @@ use std::sync::Arc;
 use crate::model::{Backend, Family, Protocol};
 use crate::netlink::Flow;
 use crate::plan::{Frontend, Pool};
-use crate::ruleset::Contribution;
+use crate::ruleset::{Contribution, SetName};
 
 /// What such a flow is made to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -45,10 +45,12 @@ impl Served {
         }
     }
 
-    /// Whether a flow is to one of `suspects` and led to somebody who does not serve it.
+    /// Whether a flow is to one of `suspects` and led to somebody who does not serve it, or was
+    /// `left` by somebody who is not there any more.
     pub fn forbids(
         &self,
         suspects: &HashSet<Destination>,
+        left: &Left,
         flow: &Flow,
         family: Family,
         at_node_port: bool,
@@ -59,12 +61,74 @@ impl Served {
         let by_node_port = at_node_port.then_some(at(None));
         let all = [Some(by_address), by_node_port].into_iter().flatten();
         // Whoever has the address comes before who has the node port.
+        let answering = Backend { address: flow.answering.0, port: flow.answering.1 };
         let Some(serving) = all.clone().find_map(|destination| self.0.get(&destination)) else {
             // Nobody has it any more. What was never translated is none of ours.
-            return flow.translated && { all }.any(|destination| suspects.contains(&destination));
+            let was_ours = |at: Destination| suspects.contains(&at) || left.led(&at, &answering);
+            return flow.translated && { all }.any(was_ours);
         };
-        let answering = Backend { address: flow.answering.0, port: flow.answering.1 };
         { all }.any(|destination| suspects.contains(&destination)) && !serving.contains(&answering)
+    }
+}
+
+/// Whom each destination led to in a table that was found: of a Service that went while nobody
+/// looked, nothing else tells. Whoever else translates connections to such a destination by now
+/// leads them elsewhere.
+#[derive(Debug, Default)]
+pub struct Left(HashMap<Destination, HashSet<Backend>>);
+
+impl Left {
+    /// Takes an endpoint that was in `map`; `key` is its key there without the slot.
+    pub fn add(&mut self, map: &SetName, key: &[u8], backend: Backend) {
+        let destination = Destination::parse(map, key);
+        let lasts = |destination: &Destination| destination.protocol != Protocol::Tcp.number();
+        if let Some(destination) = destination.filter(lasts) {
+            self.0.entry(destination).or_default().insert(backend);
+        }
+    }
+
+    /// Takes that this is wanted, though it is not in force.
+    pub fn spare(&mut self, contribution: &Contribution) {
+        for (destination, _) in destinations(contribution) {
+            self.0.remove(&destination);
+        }
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Adds those of another table.
+    pub fn extend(&mut self, other: Left) {
+        for (destination, backends) in other.0 {
+            self.0.entry(destination).or_default().extend(backends);
+        }
+    }
+
+    fn led(&self, destination: &Destination, to: &Backend) -> bool {
+        self.0.get(destination).is_some_and(|backends| backends.contains(to))
+    }
+}
+
+impl Destination {
+    /// What leads to an endpoint in `map`, by its key there; `None` for other maps.
+    fn parse(map: &SetName, key: &[u8]) -> Option<Destination> {
+        let (family, address, rest): (Family, Option<IpAddr>, &[u8]) = match *map {
+            SetName::Endpoints(Family::V4) => {
+                let (address, rest) = key.split_first_chunk::<4>()?;
+                (Family::V4, Some((*address).into()), rest)
+            }
+            SetName::Endpoints(Family::V6) => {
+                let (address, rest) = key.split_first_chunk::<16>()?;
+                (Family::V6, Some((*address).into()), rest)
+            }
+            SetName::NodePortEndpoints(family) => (family, None, key),
+            _ => return None,
+        };
+        // Fields are padded to four bytes.
+        let [protocol, _, _, _, high, low, ..] = *rest else { return None };
+        Some(Destination { family, protocol, address, port: u16::from_be_bytes([high, low]) })
     }
 }
 

@@ -479,6 +479,7 @@ impl Worker {
         let mut batch = Batch::new(TABLE);
         let replaced = found.is_none();
         let mut free = 0;
+        let mut suspects = Suspects::default();
         match found {
             Some(found) => {
                 if self.flags == TableFlags::OWNED {
@@ -487,6 +488,7 @@ impl Worker {
                     batch.add_table(self.flags, None);
                     free = batch.operations();
                 }
+                suspects.left = found.left();
                 found.stage(&targets, &mut batch);
             }
             None => lay_out(present, self.flags, &targets, &mut batch),
@@ -500,8 +502,12 @@ impl Worker {
         let come = targets.iter().filter_map(|(_, contribution)| contribution.as_ref());
         self.sweeper.settle(self.applied.contributions(), come);
         // Whatever there was to write: a daemon that was killed may have left what must not go on.
-        let mut suspects = Suspects::default();
         suspects.lapsed.look_anywhere();
+        for refused in self.refused.keys() {
+            if let Some(wanted) = self.target(refused, |_| None) {
+                suspects.left.spare(&wanted);
+            }
+        }
         for (_, contribution) in &targets {
             suspects.note(None, contribution.as_ref());
         }

@@ -88,7 +88,8 @@ impl Connections {
 
     fn answer_one(&self, stream: TcpStream, routes: Router, place: OwnedSemaphorePermit) {
         let mut http = http1::Builder::new();
-        http.keep_alive(false).max_buf_size(LARGEST);
+        // Who ends his side of the connection with the question waits for the answer all the same.
+        http.keep_alive(false).half_close(true).max_buf_size(LARGEST);
         let answer = http.serve_connection(TokioIo::new(stream), TowerToHyperService::new(routes));
         let task = tokio::spawn(async move {
             let _place = place;
@@ -116,16 +117,22 @@ fn is_of_one(error: &io::Error) -> bool {
 mod tests {
     use std::net::SocketAddr;
 
+    use axum::routing::get;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     use super::*;
 
-    /// Answers `yes` at an address of its own.
+    /// Answers `yes` at an address of its own; with a question at `/slow` it waits for the client's
+    /// end of the connection to be known.
     async fn serve(connections: &Connections) -> SocketAddr {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let connections = connections.clone();
-        let routes = Router::new().fallback(async || "yes");
+        let slow = get(async || {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            "yes"
+        });
+        let routes = Router::new().route("/slow", slow).fallback(async || "yes");
         tokio::spawn(async move { connections.answer(&listener, &routes).await });
         address
     }
@@ -156,6 +163,20 @@ mod tests {
         }
         // The first to come was the first to go.
         assert_eq!(idle[0].read(&mut [0]).await.unwrap_or(0), 0);
+    }
+
+    #[tokio::test]
+    async fn who_only_listens_gets_an_answer() {
+        let address = serve(&Connections::default()).await;
+        for path in ["/", "/slow"] {
+            let mut stream = TcpStream::connect(address).await.unwrap();
+            let question = format!("GET {path} HTTP/1.1\r\nHost: node\r\n\r\n");
+            stream.write_all(question.as_bytes()).await.unwrap();
+            stream.shutdown().await.unwrap();
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).await.unwrap();
+            assert!(answer.ends_with("\r\n\r\nyes"), "{path}: {answer:?}");
+        }
     }
 
     #[tokio::test(start_paused = true)]

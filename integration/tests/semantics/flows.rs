@@ -2,10 +2,10 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
-use anyhow::{Result, ensure};
-use portcullis_integration::lab::{Lab, eventually};
+use anyhow::{Context, Result, ensure};
+use portcullis_integration::lab::{FAMILIES, Namespace, eventually};
 use portcullis_integration::manifest::{Endpoint, Manifest};
 use portcullis_integration::traffic::{Flow, Outcome, Probe, Protocol, Server};
 use serde_json::{Value, json};
@@ -14,12 +14,14 @@ use super::{HERE, NOTICE, World, exposed, servers, targets};
 
 /// How many flows there are to each address.
 const FLOWS: usize = 4;
+/// The node port of the Service that is called `web-20`.
+const NODE_PORT: u16 = 30_120;
 
 struct Flows(Vec<(SocketAddr, Flow)>);
 
 impl Flows {
-    fn open(lab: &Lab, to: &[SocketAddr], protocol: Protocol) -> Result<Flows> {
-        let flow = |to: &SocketAddr| Ok((*to, Flow::open(&lab.allowed, *to, protocol)?));
+    fn open(from: &Namespace, to: &[SocketAddr], protocol: Protocol) -> Result<Flows> {
+        let flow = |to: &SocketAddr| Ok((*to, Flow::open(from, *to, protocol)?));
         let flows = to.iter().flat_map(|to| [to; FLOWS]).map(flow);
         flows.collect::<Result<_>>().map(Flows)
     }
@@ -81,8 +83,8 @@ fn flows_follow_the_endpoints() -> Result<()> {
     let to = targets(lab, &manifest, 20);
     give(&world, &manifest, &[(0, ready.clone()), (1, ready.clone())])?;
     let daemon = world.daemon(&["--node-cidr"])?;
-    let mut udp = Flows::open(lab, &to, Protocol::Udp)?;
-    let mut tcp = Flows::open(lab, &to, Protocol::Tcp)?;
+    let mut udp = Flows::open(&lab.allowed, &to, Protocol::Udp)?;
+    let mut tcp = Flows::open(&lab.allowed, &to, Protocol::Tcp)?;
     let (before, connections) = (udp.answers()?, tcp.answers()?);
     let serving: BTreeSet<_> = before.iter().filter_map(Outcome::by).collect();
     ensure!(serving == BTreeSet::from(HERE), "only {serving:?}");
@@ -109,7 +111,7 @@ fn flows_follow_the_endpoints() -> Result<()> {
     // So do those of an endpoint that terminates and still serves, though nobody else gets it.
     give(&world, &manifest, &[(0, ready.clone()), (1, leaving(true))])?;
     let only_first = || {
-        let flows = Flows::open(lab, &to[..1], Protocol::Udp);
+        let flows = Flows::open(&lab.allowed, &to[..1], Protocol::Udp);
         flows.is_ok_and(|flows| flows.0.iter().all(|(_, flow)| flow.by() == first))
     };
     ensure!(eventually(NOTICE, || (0..3).all(|_| only_first())), "the second still gets some");
@@ -132,6 +134,77 @@ fn flows_follow_the_endpoints() -> Result<()> {
     tcp.stay("connections at the end", &connections)
 }
 
+/// Every address of 127.0.0.0/8 is the node's, though its interface has one of them.
+#[test]
+fn flows_at_localhost_follow_the_endpoints() -> Result<()> {
+    let Some(world) = World::new(2)? else { return Ok(()) };
+    let lab = &world.lab;
+    let _servers = servers(lab)?;
+    let [first, second] = HERE;
+    let manifest = exposed(20, lab, &json!({}));
+    let to = [Ipv4Addr::LOCALHOST, Ipv4Addr::new(127, 1, 2, 3)]
+        .map(|address| SocketAddr::from((address, NODE_PORT)));
+    give(&world, &manifest, &[(0, Value::Null)])?;
+    let options = ["--node-cidr", "--localhost-nodeports"];
+    let daemon = world.daemon(&options)?;
+    let mut opened = None;
+    // The kernel is told to let such packets leave once the rules are in force.
+    ensure!(eventually(NOTICE, || {
+        opened = Flows::open(&lab.node, &to, Protocol::Udp).ok();
+        opened.is_some()
+    }));
+    let mut udp = opened.context("flows")?;
+    udp.become_so("there is one", by(first))?;
+    give(&world, &manifest, &[(1, Value::Null)])?;
+    udp.become_so("it leaves", by(second))?;
+    daemon.kill()?;
+    give(&world, &manifest, &[(0, Value::Null)])?;
+    let _daemon = world.daemon(&options)?;
+    udp.become_so("the other left while the daemon was gone", by(first))?;
+    fs::remove_file(world.manifests.join("web-20.json"))?;
+    udp.become_so("the Service is gone", |outcome| outcome.by().is_none())
+}
+
+#[test]
+fn flows_of_what_went_while_nobody_looked_end() -> Result<()> {
+    let Some(world) = World::new(2)? else { return Ok(()) };
+    let lab = &world.lab;
+    let _servers = servers(lab)?;
+    let [first, second] = HERE;
+    let manifest = exposed(20, lab, &json!({}));
+    let to = targets(lab, &manifest, 20);
+    give(&world, &manifest, &[(0, Value::Null)])?;
+    let other = exposed(21, lab, &json!({}));
+    give(&world, &other, &[(0, Value::Null)])?;
+    let daemon = world.daemon(&["--node-cidr"])?;
+    let mut udp = Flows::open(&lab.allowed, &to, Protocol::Udp)?;
+    let mut others = Flows::open(&lab.allowed, &targets(lab, &other, 21), Protocol::Udp)?;
+    let before = others.answers()?;
+    daemon.kill()?;
+    udp.become_so("the daemon is gone", by(first))?;
+    fs::remove_file(world.manifests.join("web-20.json"))?;
+    // Somebody else takes over the node port meanwhile.
+    let [v4, v6] = FAMILIES.map(|family| lab.pods[1].address(family));
+    lab.node.nft(&format!(
+        "table inet other {{
+             chain prerouting {{
+                 type nat hook prerouting priority dstnat - 10;
+                 udp dport {NODE_PORT} dnat ip to {v4}:8080
+                 udp dport {NODE_PORT} dnat ip6 to [{v6}]:8080
+             }}
+         }}"
+    ))?;
+    let node_ports = FAMILIES.map(|family| SocketAddr::new(lab.node.address(family), NODE_PORT));
+    let mut foreign = Flows::open(&lab.allowed, &node_ports, Protocol::Udp)?;
+    foreign.become_so("somebody else has the node port", by(second))?;
+    lab.node.nft("delete table inet other")?;
+
+    let _daemon = world.daemon(&["--node-cidr"])?;
+    udp.become_so("the Service is gone", |outcome| outcome.by().is_none())?;
+    foreign.become_so("what others translate is theirs", by(second))?;
+    others.stay("another Service", &before)
+}
+
 /// A client begins before there is such a Service: a router takes its datagrams elsewhere.
 #[test]
 fn what_went_elsewhere_comes_to_the_service() -> Result<()> {
@@ -151,7 +224,7 @@ fn what_went_elsewhere_comes_to_the_service() -> Result<()> {
     let _daemon = world.daemon(&["--node-cidr"])?;
     let to: Vec<SocketAddr> =
         manifest.cluster_ips.iter().map(|address| SocketAddr::new(*address, 80)).collect();
-    let mut flows = Flows::open(lab, &to, Protocol::Udp)?;
+    let mut flows = Flows::open(&lab.allowed, &to, Protocol::Udp)?;
     flows.become_so("there is no Service", by("stray"))?;
     manifest.write(&world.manifests)?;
     flows.become_so("there is a Service", |outcome| {

@@ -7,8 +7,8 @@ use portcullis_integration::traffic::{Flow, Outcome, Probe, Protocol, Server, ht
 use serde_json::json;
 
 use super::{
-    Case, DROPPED, HERE, NOTICE, Placement, Policy, TARGETS, Target, World, address, exposed,
-    servers,
+    Case, DROPPED, HERE, NOTICE, PROTOCOLS, Placement, Policy, TARGETS, Target, World, address,
+    exposed, servers,
 };
 
 #[test]
@@ -151,4 +151,53 @@ fn who_is_masqueraded() -> Result<()> {
         daemon.terminate(NOTICE)?;
     }
     Ok(())
+}
+
+/// A connection to a Service's own address is nothing to a firewall of node ports, though the number
+/// of its port is that of a node port, and the address one at which they would be served.
+#[test]
+fn node_port_firewalls_are_about_addresses_of_the_node() -> Result<()> {
+    let Some(world) = World::new(2)? else { return Ok(()) };
+    let lab = &world.lab;
+    let _servers = servers(lab)?;
+    let node_port = 30_120;
+    let with_that_port = |number| {
+        let mut manifest = exposed(number, lab, &json!({}));
+        manifest.ports.iter_mut().for_each(|port| port.port = node_port);
+        manifest
+    };
+    let (manifest, other) = (with_that_port(20), with_that_port(21));
+    manifest.clone().allowed("0.0.0.0/0, ::/0").write(&world.manifests)?;
+    other.write(&world.manifests)?;
+    let options = ["--nodeport-addresses", "0.0.0.0/0,::/0"];
+    let daemon = world.daemon(&options)?;
+    let mut flows = Vec::new();
+    for address in manifest.cluster_ips.iter().chain(&other.cluster_ips) {
+        for protocol in PROTOCOLS {
+            let flow = Flow::open(&lab.pods[0], (*address, node_port), protocol)?;
+            flows.push((address, protocol, flow));
+        }
+    }
+    let mut revoked = { FAMILIES.iter() }
+        .map(|family| {
+            Flow::open(&lab.refused, (lab.node.address(*family), node_port), Protocol::Udp)
+        })
+        .collect::<Result<Vec<Flow>>>()?;
+    let mut alive = |after: &str| -> Result<()> {
+        for (address, protocol, flow) in &mut flows {
+            ensure!(flow.alive()?, "{protocol:?} to {address} does not outlive {after}");
+        }
+        Ok(())
+    };
+    manifest.allowed("192.0.2.0/24, 2001:db8:1::/64").write(&world.manifests)?;
+    for flow in &mut revoked {
+        let ends = || flow.exchange().is_ok_and(|outcome| outcome.by().is_none());
+        ensure!(eventually(NOTICE, ends), "the firewall of the node port does not change");
+    }
+    alive("the change")?;
+    daemon.kill()?;
+    let _daemon = world.daemon(&options)?;
+    let outcome = probe(&lab.allowed, (lab.node.v4, node_port), Protocol::Tcp)?;
+    ensure!(outcome.by().is_some(), "{outcome:?}");
+    alive("the daemon")
 }

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 use std::num::NonZeroU16;
 
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net};
 use k8s_openapi::api::core::v1 as core;
 
 use super::super::{Findings, port, shown, unicast};
@@ -33,8 +33,11 @@ impl External {
         let traffic = policy(spec.external_traffic_policy.as_deref(), field, findings);
         let load_balancer_ips =
             if balanced { load_balancer_ips(object, cluster_ips, findings) } else { Vec::new() };
-        let ranges =
-            if balanced { ranges(spec, findings) } else { SourceRestriction::Unrestricted };
+        let ranges = if balanced {
+            ranges(spec, cluster_ips, findings)
+        } else {
+            SourceRestriction::Unrestricted
+        };
         let asks = balanced && traffic == TrafficPolicy::Local;
         let health_check_port = if asks { health_check_port(spec, findings) } else { None };
         External {
@@ -107,13 +110,17 @@ fn take(
 }
 
 /// `loadBalancerSourceRanges`. A list that is not understood closes the addresses that it is about.
-fn ranges(spec: &core::ServiceSpec, findings: &mut Findings) -> SourceRestriction {
+fn ranges(
+    spec: &core::ServiceSpec,
+    cluster_ips: &[IpAddr],
+    findings: &mut Findings,
+) -> SourceRestriction {
     let mut cidrs: Vec<IpNet> = Vec::new();
     let mut closed = false;
     for (index, text) in spec.load_balancer_source_ranges.iter().flatten().enumerate() {
         // The API server leaves white space where it is, as kube-proxy does.
         if let Ok(cidr) = text.trim().parse::<IpNet>() {
-            cidrs.push(cidr);
+            cidrs.push(unmapped(cidr));
             continue;
         }
         closed = true;
@@ -130,19 +137,28 @@ fn ranges(spec: &core::ServiceSpec, findings: &mut Findings) -> SourceRestrictio
     if cidrs.is_empty() {
         return SourceRestriction::Unrestricted;
     }
-    let family = |family| cidrs.iter().any(|cidr| Family::of(cidr.network()) == family);
-    let [v4, v6] = Family::ALL.map(family);
-    if v4 != v6 && spec.ip_families.iter().flatten().count() > 1 {
-        findings.warning(
-            "spec.loadBalancerSourceRanges",
-            format!(
+    let restricted = |family| cidrs.iter().any(|cidr| Family::of(cidr.network()) == family);
+    let served = |family| cluster_ips.iter().any(|address| Family::of(*address) == family);
+    for family in Family::ALL {
+        if served(family) && !restricted(family) {
+            let message = format!(
                 "no range is of IPv{}: over that family everyone may connect, as with kube-proxy \
                  (node ports are restricted by the annotation {SOURCES_ANNOTATION})",
-                if v4 { 6 } else { 4 }
-            ),
-        );
+                family.digit()
+            );
+            findings.warning("spec.loadBalancerSourceRanges", message);
+        }
     }
     SourceRestriction::Allow(CidrSet::new(cidrs))
+}
+
+/// IPv4 as it is, also where it is written as IPv6 (`::ffff:192.0.2.0/120`): to kube-proxy such a
+/// range is one of IPv4, and packets never have such addresses.
+fn unmapped(cidr: IpNet) -> IpNet {
+    let IpNet::V6(v6) = cidr else { return cidr };
+    let v4 = v6.addr().to_ipv4_mapped().zip(v6.prefix_len().checked_sub(96));
+    let v4 = v4.and_then(|(address, length)| Ipv4Net::new(address, length).ok());
+    v4.map_or(cidr, IpNet::V4)
 }
 
 fn health_check_port(spec: &core::ServiceSpec, findings: &mut Findings) -> Option<NonZeroU16> {

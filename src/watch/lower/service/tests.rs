@@ -404,6 +404,9 @@ fn source_ranges() {
         (json!([]), SourceRestriction::Unrestricted, None),
         (json!(["10.0.0.0/8"]), cidrs("10.0.0.0/8"), None),
         (json!([" 10.0.0.0/8 ", "192.0.2.0/24"]), cidrs("10.0.0.0/8, 192.0.2.0/24"), None),
+        // IPv4, to kube-proxy too.
+        (json!(["::ffff:192.0.2.11/128"]), cidrs("192.0.2.11/32"), None),
+        (json!(["::ffff:192.0.2.11/120"]), cidrs("192.0.2.0/24"), None),
         (json!(["10.0.0.0"]), SourceRestriction::Closed, Some(format!("{field}[0]"))),
         (
             json!(["10.0.0.0/8", "everybody"]),
@@ -417,5 +420,35 @@ fn source_ranges() {
         assert_eq!(got.load_balancer_sources, expected, "{ranges}");
         let fields: Vec<_> = got.diagnostics.iter().map(|d| d.field.clone()).collect();
         assert_eq!(fields, Vec::from_iter(finding), "{ranges}");
+    }
+}
+
+#[test]
+fn source_ranges_of_one_family() {
+    let (v4, v6, both) =
+        (["10.96.0.7"].as_slice(), ["fd00::7"].as_slice(), ["10.96.0.7", "fd00::7"]);
+    for (addresses, ranges, open) in [
+        (v4, ["192.0.2.0/24"].as_slice(), None),
+        (v6, &["2001:db8::/32"], None),
+        (&both, &["192.0.2.0/24", "2001:db8::/32"], None),
+        (v4, &["192.0.2.0/24", "2001:db8::/32"], None),
+        // Whatever the range is of, the Service's family has none.
+        (v4, &["2001:db8::/32"], Some("IPv4")),
+        (v6, &["192.0.2.0/24"], Some("IPv6")),
+        (&both, &["2001:db8::/32"], Some("IPv4")),
+        (&both, &["192.0.2.0/24"], Some("IPv6")),
+        (v6, &["::ffff:192.0.2.0/120"], Some("IPv6")),
+    ] {
+        let spec = json!({"type": "LoadBalancer", "clusterIP": addresses[0],
+            "clusterIPs": addresses, "loadBalancerSourceRanges": ranges});
+        let got = balanced(spec, &json!([]));
+        let found: Vec<_> = { got.diagnostics.iter() }
+            .map(|d| (d.severity, d.field.as_str(), d.message.split(':').next().unwrap()))
+            .collect();
+        let message = open.map(|family| format!("no range is of {family}"));
+        let expected = message
+            .iter()
+            .map(|m| (Severity::Warning, "spec.loadBalancerSourceRanges", m.as_str()));
+        assert_eq!(found, Vec::from_iter(expected), "{addresses:?} {ranges:?}");
     }
 }
