@@ -9,6 +9,7 @@ mod endpoints;
 mod kernel;
 mod network;
 mod packets;
+mod slices;
 mod tracer;
 
 use std::collections::BTreeSet;
