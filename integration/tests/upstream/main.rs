@@ -6,6 +6,7 @@
 //! on purpose, the case stands in a list with the reason, and it is an error if it does not differ.
 
 mod endpoints;
+mod flows;
 mod health;
 mod kernel;
 mod network;
