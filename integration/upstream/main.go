@@ -75,6 +75,11 @@ var sources = []source{
 				file:  "endpointschangetracker_test.go",
 				tests: "^TestUpdateEndpointsMap$",
 			},
+			{
+				facts: "service-ports.json",
+				file:  "servicechangetracker_test.go",
+				tests: "^TestServiceToServiceMap$",
+			},
 		},
 	},
 	{

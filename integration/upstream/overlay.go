@@ -25,7 +25,7 @@ type insertion struct {
 	place func(*token.FileSet, *ast.FuncDecl) (token.Pos, string, error)
 }
 
-// proxyInsertions record what the cases of upstream's tables about endpoints are given and what they
+// proxyInsertions record what the cases of upstream's tables about Services and endpoints are given and what they
 // expect. The calls do not compile where upstream changed the tables' fields.
 var proxyInsertions = []insertion{
 	{"topology_test.go", "TestCategorizeEndpoints", atEndOfSubtest(`recordCategorization(
@@ -40,6 +40,8 @@ var proxyInsertions = []insertion{
 	{"endpointschangetracker_test.go", "TestUpdateEndpointsMap", atEndOfSubtest(`recordUpdate(
 		t, %s, tc.previousEndpointSlices, tc.currentEndpointSlices, tc.previousEndpointsMap,
 		tc.expectedResult, tc.expectedLocalEndpoints, tc.expectedChangedEndpoints)`)},
+	{"servicechangetracker_test.go", "TestServiceToServiceMap", atEndOfSubtest(
+		"recordReading(t, %s, tc.ipFamily, tc.service, tc.expected)")},
 }
 
 // healthInsertions record what upstream answers about a Service, what happens to a proxy, and what

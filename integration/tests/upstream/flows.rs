@@ -149,26 +149,27 @@ impl Flow {
         let Flow { port, answering, answering_port, .. } = self;
         let destination = self.destination.map_or(NODE.to_owned(), |address| address.to_string());
         let protocol = self.protocol()?;
-        let mut line = format!(
-            "-I -p {protocol} -s {CLIENT} -d {destination} --sport {source_port} --dport {port} -t 600"
-        );
-        line += match protocol {
-            "tcp" => " --state ESTABLISHED -u SEEN_REPLY",
-            "sctp" => " --state ESTABLISHED --orig-vtag 1 --reply-vtag 2",
-            _ => " -u SEEN_REPLY",
+        let state = match protocol {
+            "tcp" => "--state ESTABLISHED -u SEEN_REPLY",
+            "sctp" => "--state ESTABLISHED --orig-vtag 1 --reply-vtag 2",
+            _ => "-u SEEN_REPLY",
         };
         let translated = self.destination != Some(*answering);
-        line += &match protocol {
-            "tcp" | "udp" if translated => format!(" --dst-nat {answering}:{answering_port}"),
+        let answer = match protocol {
+            "tcp" | "udp" if translated => format!("--dst-nat {answering}:{answering_port}"),
             // The program cannot say that the port of SCTP is translated, but what becomes of it.
             _ => {
                 let from = if translated { answering_port } else { port };
                 format!(
-                    " -r {answering} -q {CLIENT} --reply-port-src {from} --reply-port-dst {source_port}"
+                    "-r {answering} -q {CLIENT} --reply-port-src {from} \
+                     --reply-port-dst {source_port}"
                 )
             }
         };
-        Ok(line + "\n")
+        Ok(format!(
+            "-I -p {protocol} -s {CLIENT} -d {destination} --sport {source_port} --dport {port} \
+             -t 600 {state} {answer}\n"
+        ))
     }
 }
 

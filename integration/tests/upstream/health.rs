@@ -106,7 +106,7 @@ enum What {
     Queued(String),
     /// Nothing waits for a family any more.
     Updated(String),
-    Question(Question),
+    Question(Box<Question>),
 }
 
 #[derive(Deserialize)]
@@ -208,8 +208,9 @@ fn load_balancers_are_told_what_upstream_tells_them() -> Result<()> {
                     told.commit(&known.report(&context));
                 }
                 let difference = check.difference(&proxy)?;
-                let closed = before.values().filter(|port| !now.values().any(|now| now == *port));
-                let open = closed.filter(|port| !proxy.is_closed(**port)).next();
+                let mut closed =
+                    before.values().filter(|port| !now.values().any(|now| now == *port));
+                let open = closed.find(|port| !proxy.is_closed(**port));
                 let open = open.map(|port| format!("port {port} still answers"));
                 comparison.case(&check.line, difference.or(open));
                 before = now;

@@ -11,6 +11,7 @@ mod health;
 mod kernel;
 mod network;
 mod packets;
+mod services;
 mod slices;
 mod tracer;
 
