@@ -91,6 +91,18 @@ var sources = []source{
 		},
 	},
 	{
+		ours:       "util",
+		theirs:     "pkg/proxy/util",
+		insertions: addressInsertions,
+		tables: []table{
+			{
+				facts: "node-port-addresses.json",
+				file:  "nodeport_addresses_test.go",
+				tests: "^TestGetNodeIPs$",
+			},
+		},
+	},
+	{
 		ours:       "healthcheck",
 		theirs:     "pkg/proxy/healthcheck",
 		insertions: healthInsertions,

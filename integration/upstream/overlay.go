@@ -44,6 +44,16 @@ var proxyInsertions = []insertion{
 		"recordReading(t, %s, tc.ipFamily, tc.service, tc.expected)")},
 }
 
+// addressInsertions record at which addresses upstream serves node ports.
+var addressInsertions = []insertion{
+	{"nodeport_addresses_test.go", "TestGetNodeIPs", atEndOfSubtest(`
+		for line, family := %s, v1.IPv4Protocol; ; family = v1.IPv6Protocol {
+			recordSelection(t, line, tc.cidrs, tc.itfAddrsPairs, family,
+				tc.expected[family].ips, tc.expected[family].matchAll);
+			if family == v1.IPv6Protocol { break }
+		}`)},
+}
+
 // healthInsertions record what upstream answers about a Service, what happens to a proxy, and what
 // upstream answers about that.
 var healthInsertions = []insertion{

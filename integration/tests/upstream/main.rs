@@ -5,6 +5,7 @@
 //! makes them. A case is known by the line of upstream's file at which it stands. Where we differ
 //! on purpose, the case stands in a list with the reason, and it is an error if it does not differ.
 
+mod addresses;
 mod endpoints;
 mod flows;
 mod health;
