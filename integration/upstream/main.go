@@ -8,6 +8,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"flag"
@@ -16,6 +17,8 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
+	"strings"
 )
 
 const upstream = "k8s.io/kubernetes"
@@ -26,32 +29,107 @@ type source struct {
 	ours string
 	// Directory of the package in upstream's module.
 	theirs string
-	// Which tests to run.
-	tests string
 	// What is inserted.
 	insertions []insertion
+	// What is written down.
+	tables []table
+}
+
+// A table is what some tests of a package are about.
+type table struct {
 	// The file that the facts go to.
 	facts string
 	// The file whose lines the facts name.
-	table string
+	file string
+	// Which tests to run.
+	tests string
+	// Whether the tests' cases run in any order; then they are put in that of their lines.
+	unordered bool
 }
 
 var sources = []source{
 	{
 		ours:       "proxy",
 		theirs:     "pkg/proxy",
-		tests:      "^TestCategorizeEndpoints$",
-		insertions: endpointInsertions,
-		facts:      "categorize-endpoints.json",
-		table:      "topology_test.go",
+		insertions: proxyInsertions,
+		tables: []table{
+			{
+				facts: "categorize-endpoints.json",
+				file:  "topology_test.go",
+				tests: "^TestCategorizeEndpoints$",
+			},
+			{
+				facts:     "endpoint-slices.json",
+				file:      "endpointslicecache_test.go",
+				tests:     "^(TestEndpointsMapFromESC|TestEndpointInfoByServicePort)$",
+				unordered: true,
+			},
+			{
+				facts:     "slice-alterations.json",
+				file:      "endpointslicecache_test.go",
+				tests:     "^TestEsDataChanged$",
+				unordered: true,
+			},
+			{
+				facts: "endpoint-updates.json",
+				file:  "endpointschangetracker_test.go",
+				tests: "^TestUpdateEndpointsMap$",
+			},
+			{
+				facts: "service-ports.json",
+				file:  "servicechangetracker_test.go",
+				tests: "^TestServiceToServiceMap$",
+			},
+		},
 	},
 	{
 		ours:       "nftables",
 		theirs:     "pkg/proxy/nftables",
-		tests:      ".",
 		insertions: flowInsertions,
-		facts:      "packet-flows.json",
-		table:      "proxier_test.go",
+		tables: []table{
+			{facts: "packet-flows.json", file: "proxier_test.go", tests: "."},
+		},
+	},
+	{
+		ours:       "util",
+		theirs:     "pkg/proxy/util",
+		insertions: addressInsertions,
+		tables: []table{
+			{
+				facts: "node-port-addresses.json",
+				file:  "nodeport_addresses_test.go",
+				tests: "^TestGetNodeIPs$",
+			},
+		},
+	},
+	{
+		ours:       "healthcheck",
+		theirs:     "pkg/proxy/healthcheck",
+		insertions: healthInsertions,
+		tables: []table{
+			{
+				facts: "service-health.json",
+				file:  "healthcheck_test.go",
+				tests: "^(TestServer|TestServerWithSelectiveListeningAddress)$",
+			},
+			{
+				facts: "proxy-health.json",
+				file:  "healthcheck_test.go",
+				tests: "^(TestHealthzServer|TestLivezServer)$",
+			},
+		},
+	},
+	{
+		ours:       "conntrack",
+		theirs:     "pkg/proxy/conntrack",
+		insertions: cleanupInsertions,
+		tables: []table{
+			{
+				facts: "stale-flows.json",
+				file:  "cleanup_test.go",
+				tests: "^(TestCleanStaleEntries|TestServiceWithoutEndpoints)$",
+			},
+		},
 	},
 }
 
@@ -93,32 +171,46 @@ func run(out string) error {
 	}
 	defer os.RemoveAll(scratch)
 	for _, source := range sources {
-		cases, err := source.extract(module, scratch)
+		binary, err := source.build(module, scratch)
 		if err != nil {
 			return fmt.Errorf("%s: %w", source.theirs, err)
 		}
-		if err := source.write(module, cases, filepath.Join(out, source.facts)); err != nil {
-			return err
+		for _, table := range source.tables {
+			cases, err := table.extract(binary, scratch)
+			if err != nil {
+				return fmt.Errorf("%s: %w", source.theirs, err)
+			}
+			from := origin{
+				Module:  upstream,
+				Version: module.Version,
+				File:    source.theirs + "/" + table.file,
+				MadeBy:  "integration/upstream/extract.sh",
+			}
+			if err := write(from, cases, filepath.Join(out, table.facts)); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
 }
 
-// extract builds the package's tests with our insertions, runs them, and returns what our calls
-// wrote: one JSON object for each case.
-func (source source) extract(module module, scratch string) ([]json.RawMessage, error) {
+// build builds the package's tests with our insertions, and returns the binary.
+func (source source) build(module module, scratch string) (string, error) {
 	overlay, err := source.overlay(module.Dir, scratch)
 	if err != nil {
-		return nil, err
+		return "", err
 	}
 	binary := filepath.Join(scratch, source.ours+".test")
 	build := []string{"test", "-c", "-mod=readonly", "-vet=off", "-tags=upstream"}
 	build = append(build, "-overlay="+overlay, "-o="+binary, "./"+source.ours)
-	if _, err := output("go", build...); err != nil {
-		return nil, err
-	}
-	record := filepath.Join(scratch, source.ours+".jsonl")
-	test := exec.Command(binary, "-test.run="+source.tests, "-test.count=1")
+	_, err = output("go", build...)
+	return binary, err
+}
+
+// extract runs tests and returns what our calls wrote: one JSON object for each case.
+func (table table) extract(binary, scratch string) ([]json.RawMessage, error) {
+	record := filepath.Join(scratch, table.facts+"l")
+	test := exec.Command(binary, "-test.run="+table.tests, "-test.count=1")
 	test.Dir = scratch
 	test.Env = append(os.Environ(), "UPSTREAM_RECORD="+record)
 	if text, err := test.CombinedOutput(); err != nil {
@@ -132,33 +224,47 @@ func (source source) extract(module module, scratch string) ([]json.RawMessage, 
 	for line := range bytes.Lines(written) {
 		cases = append(cases, bytes.Clone(bytes.TrimSpace(line)))
 	}
-	return cases, nil
+	if table.unordered {
+		err = sortByLine(cases)
+	}
+	return cases, err
 }
 
-func (source source) write(module module, cases []json.RawMessage, path string) error {
-	var functions []string
+// sortByLine sorts cases by the number behind the colon of where they stand.
+func sortByLine(cases []json.RawMessage) error {
+	var failed error
+	number := func(one json.RawMessage) int {
+		var at struct{ Line string }
+		if err := json.Unmarshal(one, &at); err != nil {
+			failed = err
+		}
+		_, line, _ := strings.Cut(at.Line, ":")
+		number, err := strconv.Atoi(line)
+		if err != nil {
+			failed = err
+		}
+		return number
+	}
+	slices.SortStableFunc(cases, func(a, b json.RawMessage) int {
+		return cmp.Compare(number(a), number(b))
+	})
+	return failed
+}
+
+func write(from origin, cases []json.RawMessage, path string) error {
 	for _, one := range cases {
 		var test struct{ Test string }
 		if err := json.Unmarshal(one, &test); err != nil {
 			return err
 		}
-		if !slices.Contains(functions, test.Test) {
-			functions = append(functions, test.Test)
+		if !slices.Contains(from.Functions, test.Test) {
+			from.Functions = append(from.Functions, test.Test)
 		}
 	}
 	facts, err := json.Marshal(struct {
 		Origin origin            `json:"origin"`
 		Cases  []json.RawMessage `json:"cases"`
-	}{
-		origin{
-			Module:    upstream,
-			Version:   module.Version,
-			File:      source.theirs + "/" + source.table,
-			Functions: functions,
-			MadeBy:    "integration/upstream/extract.sh",
-		},
-		cases,
-	})
+	}{from, cases})
 	if err != nil {
 		return err
 	}
@@ -167,7 +273,7 @@ func (source source) write(module module, cases []json.RawMessage, path string) 
 		return err
 	}
 	text.WriteByte('\n')
-	fmt.Fprintf(os.Stderr, "%s: %d cases of %d functions\n", path, len(cases), len(functions))
+	fmt.Fprintf(os.Stderr, "%s: %d cases of %d functions\n", path, len(cases), len(from.Functions))
 	return os.WriteFile(path, text.Bytes(), 0o644)
 }
 

@@ -25,12 +25,52 @@ type insertion struct {
 	place func(*token.FileSet, *ast.FuncDecl) (token.Pos, string, error)
 }
 
-// endpointInsertions record what each case of the table of CategorizeEndpoints is given and what
-// it expects. The call does not compile where upstream changed the table's fields.
-var endpointInsertions = []insertion{
+// proxyInsertions record what the cases of upstream's tables about Services and endpoints are given and what they
+// expect. The calls do not compile where upstream changed the tables' fields.
+var proxyInsertions = []insertion{
 	{"topology_test.go", "TestCategorizeEndpoints", atEndOfSubtest(`recordCategorization(
 		t, %s, tc.nodeName, tc.nodeLabels, tc.preferSameEnabled, tc.serviceInfo, tc.endpoints,
 		tc.clusterEndpoints, tc.localEndpoints, expectedAllEndpoints, expectedHasAnyEndpoints)`)},
+	{"endpointslicecache_test.go", "TestEndpointsMapFromESC", atEndOfSubtest(`recordMap(
+		t, %s, tc.hostname, tc.namespacedName, tc.endpointSlices, tc.expectedMap)`)},
+	{"endpointslicecache_test.go", "TestEndpointInfoByServicePort", atEndOfSubtest(`recordByPort(
+		t, %s, tc.hostname, tc.namespacedName, tc.endpointSlices, tc.expectedMap)`)},
+	{"endpointslicecache_test.go", "TestEsDataChanged", atEndOfSubtest(`recordAlteration(
+		t, %s, tc.initialSlice, tc.updatedSlice, tc.expectChanged)`)},
+	{"endpointschangetracker_test.go", "TestUpdateEndpointsMap", atEndOfSubtest(`recordUpdate(
+		t, %s, tc.previousEndpointSlices, tc.currentEndpointSlices, tc.previousEndpointsMap,
+		tc.expectedResult, tc.expectedLocalEndpoints, tc.expectedChangedEndpoints)`)},
+	{"servicechangetracker_test.go", "TestServiceToServiceMap", atEndOfSubtest(
+		"recordReading(t, %s, tc.ipFamily, tc.service, tc.expected)")},
+}
+
+// addressInsertions record at which addresses upstream serves node ports.
+var addressInsertions = []insertion{
+	{"nodeport_addresses_test.go", "TestGetNodeIPs", atEndOfSubtest(`
+		for line, family := %s, v1.IPv4Protocol; ; family = v1.IPv6Protocol {
+			recordSelection(t, line, tc.cidrs, tc.itfAddrsPairs, family,
+				tc.expected[family].ips, tc.expected[family].matchAll);
+			if family == v1.IPv6Protocol { break }
+		}`)},
+}
+
+// healthInsertions record what upstream answers about a Service, what happens to a proxy, and what
+// upstream answers about that.
+var healthInsertions = []insertion{
+	{"healthcheck_test.go", "tHandler", atStart("recordService(%s, %s, %s, %s, %s, %s)")},
+	{"proxy_health.go", "Updated", atStart("observe(%s, event{Updated: %s})")},
+	{"proxy_health.go", "QueuedUpdate", atStart("observe(%s, event{Queued: %s})")},
+	{"healthcheck_test.go", "testHTTPHandler", atEnd("observeQuestion(hsTest, status, payload)")},
+	{"healthcheck_test.go", "TestHealthzServer", atEnd("recordLife(t, hs)")},
+	{"healthcheck_test.go", "TestLivezServer", atEnd("recordLife(t, hs)")},
+}
+
+// cleanupInsertions record which connections upstream deletes.
+var cleanupInsertions = []insertion{
+	{"cleanup_test.go", "TestCleanStaleEntries", atEnd(
+		"recordCleanup(t, %d, svc, eps, entriesBeforeCleanup, entriesAfterCleanup)")},
+	{"cleanup_test.go", "TestServiceWithoutEndpoints", atEnd(
+		"recordCleanup(t, %d, svc, eps, flows, actualEntries)")},
 }
 
 // flowInsertions record the objects that upstream's proxy is given, and the packets whose way
@@ -83,12 +123,22 @@ func beforeReturn(call string) func(*token.FileSet, *ast.FuncDecl) (token.Pos, s
 	}
 }
 
-// atEndOfSubtest puts a call at the end of the function that t.Run is given. The call's verb is a
-// list of the lines at which the cases of the function's first table stand.
+// atEnd puts a call at the end of the function. A verb of the call is the function's line.
+func atEnd(call string) func(*token.FileSet, *ast.FuncDecl) (token.Pos, string, error) {
+	return func(files *token.FileSet, function *ast.FuncDecl) (token.Pos, string, error) {
+		if strings.Contains(call, "%d") {
+			call = fmt.Sprintf(call, files.Position(function.Pos()).Line)
+		}
+		return function.Body.Rbrace, call, nil
+	}
+}
+
+// atEndOfSubtest puts a call at the end of the function that t.Run is given. The call's verb is the
+// line at which the case stands in the function's table.
 func atEndOfSubtest(call string) func(*token.FileSet, *ast.FuncDecl) (token.Pos, string, error) {
 	return func(files *token.FileSet, function *ast.FuncDecl) (token.Pos, string, error) {
 		var subtest *ast.FuncLit
-		var lines []string
+		var line string
 		ast.Inspect(function, func(node ast.Node) bool {
 			switch node := node.(type) {
 			case *ast.CallExpr:
@@ -96,31 +146,44 @@ func atEndOfSubtest(call string) func(*token.FileSet, *ast.FuncDecl) (token.Pos,
 				if isSelector && name.Sel.Name == "Run" && len(node.Args) == 2 {
 					subtest, _ = node.Args[1].(*ast.FuncLit)
 				}
-			case *ast.CompositeLit:
-				if lines == nil {
-					lines = caseLines(files, node)
+			case *ast.AssignStmt:
+				name, _ := node.Lhs[0].(*ast.Ident)
+				table, isTable := node.Rhs[0].(*ast.CompositeLit)
+				if name != nil && name.Name == "testCases" && isTable {
+					line = caseLine(files, table)
 				}
 			}
 			return true
 		})
-		if subtest == nil || lines == nil {
+		if subtest == nil || line == "" {
 			return 0, "", errors.New("it has no table of subtests")
 		}
-		list := "[]int{" + strings.Join(lines, ", ") + "}"
-		return subtest.Body.Rbrace, fmt.Sprintf(call, list), nil
+		return subtest.Body.Rbrace, fmt.Sprintf(call, line), nil
 	}
 }
 
-// caseLines returns the lines at which the first fields of a table's cases stand.
-func caseLines(files *token.FileSet, table *ast.CompositeLit) []string {
-	var lines []string
+// caseLine returns an expression for the line at which the first field of a table's case stands: by
+// the case's name where the table is a map, else by how many were met.
+func caseLine(files *token.FileSet, table *ast.CompositeLit) string {
+	var lines, byName []string
 	for _, element := range table.Elts {
+		name := ""
+		if pair, ok := element.(*ast.KeyValueExpr); ok {
+			if key, ok := pair.Key.(*ast.BasicLit); ok {
+				name = key.Value
+			}
+			element = pair.Value
+		}
 		if fields, ok := element.(*ast.CompositeLit); ok && len(fields.Elts) > 0 {
-			line := files.Position(fields.Elts[0].Pos()).Line
-			lines = append(lines, strconv.Itoa(line))
+			line := strconv.Itoa(files.Position(fields.Elts[0].Pos()).Line)
+			lines = append(lines, line)
+			byName = append(byName, name+": "+line)
 		}
 	}
-	return lines
+	if _, ok := table.Type.(*ast.MapType); ok {
+		return "map[string]int{" + strings.Join(byName, ", ") + "}[name]"
+	}
+	return "nextLine(t, []int{" + strings.Join(lines, ", ") + "})"
 }
 
 // overlay writes the overlay of a source and returns its path.

@@ -23,13 +23,14 @@ struct State {
 }
 
 impl Pulse {
-    /// A request was handed over.
-    pub(super) fn asked(&self) {
+    /// Takes that a request was handed over. A [`super::Committer`] does so for its own.
+    pub fn asked(&self) {
         self.state().asked(Instant::now());
     }
 
-    /// So many requests are done.
-    pub(super) fn done(&self, count: usize, stale: bool, totals: Totals) {
+    /// Takes that `count` requests are done, what all transactions have cost by now, and whether the
+    /// kernel's table is `stale`: not known to be what it should be.
+    pub fn done(&self, count: usize, stale: bool, totals: Totals) {
         let mut state = self.state();
         state.totals = totals;
         state.done(count, stale, Instant::now());

@@ -23,18 +23,25 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 pub struct Health {
     pulse: Pulse,
     reporter: Reporter,
+    patience: Duration,
 }
 
 impl Health {
-    /// The health of a daemon.
+    /// The health of a daemon, with [`PATIENCE`].
     pub fn new(pulse: Pulse, reporter: Reporter) -> Health {
-        Health { pulse, reporter }
+        Health { pulse, reporter, patience: PATIENCE }
+    }
+
+    /// The same with another patience: changes that wait for so long make it unhealthy.
+    #[must_use]
+    pub fn with_patience(self, patience: Duration) -> Health {
+        Health { patience, ..self }
     }
 
     /// Whether changes get into the kernel. A daemon that starts is healthy: what an earlier one
     /// left is in force.
     pub fn is_alive(&self) -> bool {
-        self.pulse.behind() < PATIENCE
+        self.pulse.behind() < self.patience
     }
 
     /// Whether the node stays: it is neither being deleted nor about to be removed (KEP-3458).

@@ -43,7 +43,6 @@ pub fn routes(health: &Health) -> Router {
 }
 
 fn status(works: bool, eligible: Option<bool>, last: &Mutex<Timestamp>) -> Response<Body> {
-    let healthy = works && eligible != Some(false);
     let now = Timestamp::now();
     let mut last = last.lock().unwrap_or_else(PoisonError::into_inner);
     if works {
@@ -53,13 +52,13 @@ fn status(works: bool, eligible: Option<bool>, last: &Mutex<Timestamp>) -> Respo
     let mut body = json!({
         "lastUpdated": *last,
         "currentTime": now,
-        "healthy": healthy,
+        "healthy": works,
         "status": { "IPv4": of_family, "IPv6": of_family },
     });
     if let Some(eligible) = eligible {
         body["nodeEligible"] = eligible.into();
     }
-    answer(healthy, body.to_string())
+    answer(works && eligible != Some(false), body.to_string())
 }
 
 /// JSON, with 200 or 503.

@@ -36,8 +36,7 @@ mod namespace;
 mod process;
 mod scratch;
 
-use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::ops::Deref;
 use std::path::Path;
 use std::process::Command;
@@ -82,8 +81,6 @@ const PEER_PODS: PodNetwork = PodNetwork {
 };
 /// Host part of the first pod's address.
 const FIRST_POD: u8 = 10;
-/// How long the links may take to work.
-const LIMIT: Duration = Duration::from_secs(30);
 /// More than this would leave the pods' /24.
 const MAX_PODS: usize = 200;
 
@@ -237,27 +234,6 @@ impl Host {
             Family::V4 => self.v4.into(),
             Family::V6 => self.v6.into(),
         }
-    }
-
-    /// Waits until packets go from here to `to`, a machine without a server on the discard port,
-    /// and back. A new link passes none until a worker of the kernel has found it up, for which
-    /// it waits for the lock that all network namespaces of the machine share.
-    pub(crate) fn wait_until_reachable(&self, to: IpAddr) -> Result<()> {
-        const DISCARD: u16 = 9;
-        let unspecified = match to {
-            IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
-            IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
-        };
-        let is_refused = || -> io::Result<bool> {
-            let socket = UdpSocket::bind((unspecified, 0))?;
-            socket.connect((to, DISCARD))?;
-            socket.set_read_timeout(Some(Duration::from_millis(50)))?;
-            let answer = socket.send(b"?").and_then(|_| socket.recv(&mut [0]));
-            Ok(answer.is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused))
-        };
-        let reachable = self.enter(|| eventually(LIMIT, || is_refused().unwrap_or(false)));
-        ensure!(reachable, "{} does not reach {to} within {LIMIT:?}", self.name());
-        Ok(())
     }
 
     /// `ip` lines for an `eth0` in a /24 and a /64 with a default gateway.

@@ -3,17 +3,20 @@
 use std::fmt;
 use std::fs::{self, File};
 use std::future::Future;
-use std::net::IpAddr;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::panic::resume_unwind;
 use std::path::Path;
 use std::process::{Command, Output};
 use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use nix::sched::{CloneFlags, setns, unshare};
 
+use super::eventually;
 use super::process::{self, Process};
 
 /// A network namespace, alive as long as this value or a process or socket in it.
@@ -138,6 +141,27 @@ impl Namespace {
         })
     }
 
+    /// Waits until packets go from here to `to`, a machine without a server on the discard port,
+    /// and back. A new link passes none until a worker of the kernel has found it up, for which
+    /// it waits for the lock that all network namespaces of the machine share.
+    pub fn wait_until_reachable(&self, to: IpAddr) -> Result<()> {
+        const DISCARD: u16 = 9;
+        let unspecified = match to {
+            IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+            IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+        };
+        let is_refused = || -> io::Result<bool> {
+            let socket = UdpSocket::bind((unspecified, 0))?;
+            socket.connect((to, DISCARD))?;
+            socket.set_read_timeout(Some(Duration::from_millis(50)))?;
+            let answer = socket.send(b"?").and_then(|_| socket.recv(&mut [0]));
+            Ok(answer.is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused))
+        };
+        let reachable = self.enter(|| eventually(LINK_LIMIT, || is_refused().unwrap_or(false)));
+        ensure!(reachable, "{} does not reach {to} within {LINK_LIMIT:?}", self.name());
+        Ok(())
+    }
+
     /// A path that names the namespace for `ip link ... netns PATH` and `nsenter --net=PATH`.
     /// It holds as long as this value lives.
     pub fn path(&self) -> String {
@@ -156,6 +180,9 @@ impl fmt::Debug for Namespace {
         fmt::Display::fmt(self, f)
     }
 }
+
+/// How long new links may take to work.
+const LINK_LIMIT: Duration = Duration::from_secs(30);
 
 /// What every namespace starts with. `default` is copied to interfaces made later.
 const DEFAULTS: &[(&str, &str)] = &[

@@ -1,12 +1,19 @@
-//! What upstream Kubernetes expects of a Service proxy, held against ours without a kernel: which
-//! endpoints serve, and what becomes of packets.
+//! What upstream Kubernetes expects of a Service proxy, held against ours: which endpoints serve, and
+//! what becomes of packets, both as our expressions have it and between network namespaces.
 //!
 //! The tables are facts extracted from upstream's own tests; `integration/upstream/extract.sh`
 //! makes them. A case is known by the line of upstream's file at which it stands. Where we differ
 //! on purpose, the case stands in a list with the reason, and it is an error if it does not differ.
 
+mod addresses;
 mod endpoints;
+mod flows;
+mod health;
+mod kernel;
+mod network;
 mod packets;
+mod services;
+mod slices;
 mod tracer;
 
 use std::collections::BTreeSet;

@@ -5,6 +5,7 @@
 //! elements that the kernel would get. Upstream sends everything through prerouting; here, what the
 //! node itself sends goes through output.
 
+use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
@@ -27,56 +28,59 @@ const DIFFERENT: &Differences = &[];
 
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
-struct Case {
+pub struct Case {
     line: String,
-    proxy: Settings,
-    services: Vec<core::Service>,
-    endpoint_slices: Vec<discovery::EndpointSlice>,
-    flows: Vec<Flow>,
+    pub proxy: Settings,
+    pub services: Vec<core::Service>,
+    pub endpoint_slices: Vec<discovery::EndpointSlice>,
+    pub flows: Vec<Flow>,
 }
 
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
-struct Settings {
-    node_name: Arc<str>,
+pub struct Settings {
+    pub node_name: Arc<str>,
     #[serde(rename = "nodeIP")]
-    node_ip: IpAddr,
-    local_addresses: Vec<IpAddr>,
-    node_port_addresses: Vec<IpNet>,
+    pub node_ip: IpAddr,
+    pub local_addresses: Vec<IpAddr>,
+    pub node_port_addresses: Vec<IpNet>,
     #[serde(rename = "serviceCIDRs")]
-    service_cidrs: Vec<IpNet>,
+    pub service_cidrs: Vec<IpNet>,
     /// `None` where nobody knows which addresses pods have.
     #[serde(rename = "podCIDR")]
-    pod_cidr: Option<IpNet>,
-    masquerade_all: bool,
+    pub pod_cidr: Option<IpNet>,
+    pub masquerade_all: bool,
 }
 
 #[derive(Deserialize)]
-struct Flow {
-    source: IpAddr,
-    protocol: String,
-    destination: IpAddr,
-    port: u16,
+pub struct Flow {
+    pub source: IpAddr,
+    pub protocol: String,
+    pub destination: IpAddr,
+    pub port: u16,
     /// `REJECT`, `DROP`, or all endpoints that may be chosen; empty where the packet goes on
     /// untranslated.
     outcome: Vec<String>,
     masquerade: bool,
 }
 
+/// The cases of the file.
+pub fn cases() -> Result<Vec<Case>> {
+    read(FACTS)
+}
+
 #[test]
 fn packets_meet_the_fate_that_upstream_expects() -> Result<()> {
     let mut comparison = Comparison::new(DIFFERENT);
-    for (number, case) in (1..).zip(read::<Case>(FACTS)?) {
+    for (number, case) in cases()?.iter().enumerate() {
         let tracer = case.tracer();
-        for (packet, flow) in (1..).zip(&case.flows) {
-            let name = format!("{} (case {number}) packet {packet}", case.line);
+        for (packet, flow) in case.flows.iter().enumerate() {
+            let name = case.name(number, packet);
             let mut found = tracer.fates(flow.packet()?);
             found.sort_unstable();
             let expected = flow.expected().with_context(|| name.clone())?;
-            let difference = (found != expected).then(|| {
-                let Flow { source, protocol, destination, port, .. } = flow;
-                format!("{source} to {protocol} {destination} {port}: {found:?}, not {expected:?}")
-            });
+            let difference =
+                (found != expected).then(|| format!("{flow}: {found:?}, not {expected:?}"));
             comparison.case(&name, difference);
         }
     }
@@ -85,6 +89,11 @@ fn packets_meet_the_fate_that_upstream_expects() -> Result<()> {
 }
 
 impl Case {
+    /// What a packet is called; both numbers begin with 0.
+    pub fn name(&self, number: usize, packet: usize) -> String {
+        format!("{} (case {}) packet {}", self.line, number + 1, packet + 1)
+    }
+
     fn tracer(&self) -> Tracer {
         let Settings { node_name, pod_cidr, .. } = &self.proxy;
         let mut index = Index::new(&Options {
@@ -126,7 +135,7 @@ impl Flow {
     }
 
     /// One fate for each endpoint that may be chosen, sorted.
-    fn expected(&self) -> Result<Vec<Fate>> {
+    pub fn expected(&self) -> Result<Vec<Fate>> {
         let outcome: Vec<&str> = self.outcome.iter().map(String::as_str).collect();
         let passed = |to| Fate::Passed { to, masqueraded: self.masquerade };
         let mut fates = match outcome[..] {
@@ -143,5 +152,12 @@ impl Flow {
         ensure!(told, "nothing tells whether what goes nowhere is masqueraded");
         fates.sort_unstable();
         Ok(fates)
+    }
+}
+
+impl fmt::Display for Flow {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Flow { source, protocol, destination, port, .. } = self;
+        write!(f, "{source} to {protocol} {destination} {port}")
     }
 }

@@ -5,15 +5,13 @@
 package nftables
 
 import (
-	"encoding/json"
-	"fmt"
-	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 
 	v1 "k8s.io/api/core/v1"
 	discovery "k8s.io/api/discovery/v1"
+	"portcullis.dev/integration/upstream/record"
 	"sigs.k8s.io/knftables"
 )
 
@@ -59,9 +57,8 @@ func recordFlows(
 	if one == nil {
 		return // a test of the tracer itself, on a ruleset that no proxy wrote
 	}
-	test, _, _ := strings.Cut(t.Name(), "/")
 	scenario := scenario{
-		Test:           test,
+		Test:           record.Test(t),
 		Line:           place(line),
 		Proxy:          settings(t, one.proxier, addresses),
 		Services:       sorted(one.services),
@@ -80,7 +77,7 @@ func recordFlows(
 			test.sourceIP, protocol, test.destIP, test.destPort, outcome, test.masq,
 		})
 	}
-	write(t, scenario)
+	record.Write(t, scenario)
 }
 
 // place turns " (from DIRECTORY/FILE:LINE)" into "FILE:LINE".
@@ -107,20 +104,4 @@ func settings(t *testing.T, proxier *Proxier, addresses []string) proxySettings 
 		settings.PodCIDR = &rule[2]
 	}
 	return settings
-}
-
-func write(t *testing.T, one any) {
-	line, err := json.Marshal(one)
-	if err != nil {
-		t.Fatal(err)
-	}
-	file, err := os.OpenFile(
-		os.Getenv("UPSTREAM_RECORD"), os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o600)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer file.Close()
-	if _, err := fmt.Fprintf(file, "%s\n", line); err != nil {
-		t.Fatal(err)
-	}
 }

@@ -5,14 +5,12 @@
 package proxy
 
 import (
-	"encoding/json"
 	"fmt"
-	"os"
-	"strings"
 	"testing"
 
 	v1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/util/sets"
+	"portcullis.dev/integration/upstream/record"
 )
 
 // A categorization is a case of the table of CategorizeEndpoints.
@@ -57,17 +55,13 @@ type expected struct {
 	Any     bool     `json:"any"`
 }
 
-// How many cases were recorded.
-var recorded int
-
 func recordCategorization(
-	t *testing.T, lines []int, nodeName string, labels map[string]string, nodeHints bool,
+	t *testing.T, line int, nodeName string, labels map[string]string, nodeHints bool,
 	port ServicePort, endpoints []Endpoint, cluster, local, all sets.Set[string], any bool,
 ) {
-	test, _, _ := strings.Cut(t.Name(), "/")
 	one := categorization{
-		Test:      test,
-		Line:      fmt.Sprintf("topology_test.go:%d", lines[recorded]),
+		Test:      record.Test(t),
+		Line:      fmt.Sprintf("topology_test.go:%d", line),
 		Node:      node{Name: nodeName},
 		NodeHints: nodeHints,
 		Service: service{
@@ -95,8 +89,7 @@ func recordCategorization(
 			NodeHints:   list(known.NodeHints()),
 		})
 	}
-	recorded++
-	write(t, one)
+	record.Write(t, one)
 }
 
 func policy(local bool) string {
@@ -113,18 +106,7 @@ func list(set sets.Set[string]) []string {
 	return sets.List(set)
 }
 
-func write(t *testing.T, one any) {
-	line, err := json.Marshal(one)
-	if err != nil {
-		t.Fatal(err)
-	}
-	file, err := os.OpenFile(
-		os.Getenv("UPSTREAM_RECORD"), os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o600)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer file.Close()
-	if _, err := fmt.Fprintf(file, "%s\n", line); err != nil {
-		t.Fatal(err)
-	}
+// nextLine is what stands in upstream's tests for the line of a case, where cases run in order.
+func nextLine(t *testing.T, lines []int) int {
+	return record.Next(t, lines)
 }
