@@ -143,6 +143,8 @@ fn lower(file: File) -> anyhow::Result<Config> {
     let bind = |field: &str, text: Option<String>, port| {
         given(text).map(|text| address(&text, port).with_context(|| field.to_owned())).transpose()
     };
+    let node_name = given(file.hostname_override).map(|name| arguments::node_name(&name));
+    let node_name = node_name.transpose().map_err(|error| anyhow!("hostnameOverride: {error}"))?;
     let nodeport_addresses = match file.node_port_addresses.filter(|list| !list.is_empty()) {
         Some(list) => Some(
             arguments::nodeport_addresses(&list.join(","))
@@ -156,7 +158,7 @@ fn lower(file: File) -> anyhow::Result<Config> {
         file.cluster_cidr.as_deref().unwrap_or_default(),
     )?;
     Ok(Config {
-        node_name: given(file.hostname_override).map(|name| name.trim().to_lowercase()),
+        node_name,
         kubeconfig: given(file.client_connection.unwrap_or_default().kubeconfig).map(Into::into),
         healthz_bind_address: bind("healthzBindAddress", file.healthz_bind_address, 10256)?,
         metrics_bind_address: bind("metricsBindAddress", file.metrics_bind_address, 10249)?,
@@ -358,6 +360,7 @@ nftables: {{syncPeriod: 10s}}
         for (text, expected) in [
             ("a: [", "is not YAML"),
             ("kind: Deployment", "expected kubeproxy.config.k8s.io/v1alpha1"),
+            (&*format!("{HEAD}hostnameOverride: ' '"), "hostnameOverride: names no node"),
             (&*format!("{HEAD}clusterCIDR: everywhere"), "clusterCIDR: \"everywhere\""),
             (&*format!("{HEAD}nodePortAddresses: [x]"), "nodePortAddresses: \"x\""),
             (&*format!("{HEAD}detectLocalMode: BridgeInterface"), "detectLocal.bridgeInterface"),
