@@ -237,7 +237,13 @@ pub struct NodeOptions {
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
     /// The node's name in the cluster [default: the host's name, in lower case].
-    #[arg(long, value_name = "NAME", env = "NODE_NAME", visible_alias = "hostname-override")]
+    #[arg(
+        long,
+        value_name = "NAME",
+        env = "NODE_NAME",
+        visible_alias = "hostname-override",
+        value_parser = node_name
+    )]
     pub node_name: Option<String>,
     /// Where node ports are served: `primary` for the node's first address of each family, or a
     /// list of CIDRs for all of its addresses in them [default: primary].
@@ -290,6 +296,13 @@ fn bind(text: &str) -> Result<Bind, String> {
         return Ok(Bind(None));
     }
     text.parse().map(|address| Bind(Some(address))).map_err(|_| "not an IP:PORT".to_owned())
+}
+
+/// A node's name as the kubelet registers it, so that whoever names the host means that node
+/// (`GetHostname` of Kubernetes' `pkg/util/node`).
+pub(super) fn node_name(text: &str) -> Result<String, String> {
+    let name = text.trim();
+    if name.is_empty() { Err("names no node".to_owned()) } else { Ok(name.to_lowercase()) }
 }
 
 /// The name of an interface, or how one begins (`IFNAMSIZ`, `dev_valid_name` of the kernel).
@@ -353,6 +366,25 @@ mod tests {
         ] {
             let error = text.parse::<Timeout>().unwrap_err();
             assert!(error.contains(why), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn node_names_are_in_lower_case() {
+        for (text, expected) in
+            [("node-1", Some("node-1")), (" NODE-1\n", Some("node-1")), ("", None), (" ", None)]
+        {
+            assert_eq!(node_name(text).ok().as_deref(), expected, "{text:?}");
+        }
+        for flag in ["--node-name", "--hostname-override"] {
+            let parse = |name| {
+                let line = ["portcullis", "plan", "--file", "x", flag, name];
+                Arguments::try_parse_from(line)
+            };
+            let Command::Plan(options) = parse("NODE-1").unwrap().command else { panic!() };
+            assert_eq!(options.node.node_name.as_deref(), Some("node-1"));
+            let error = parse("").unwrap_err().to_string();
+            assert!(error.contains("--node-name"), "{error}");
         }
     }
 

@@ -2,13 +2,17 @@
 //! what of it makes sense here is read, and whatever else it sets is named in a warning.
 
 use std::collections::BTreeMap;
+use std::fmt;
+use std::marker::PhantomData;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, anyhow, bail};
 use ipnet::IpNet;
 use portcullis::model::{LocalTraffic, NodePortAddresses};
-use serde::Deserialize;
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{MapAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
 use super::arguments::{self, Bind, Timeout};
@@ -57,14 +61,14 @@ struct File {
     api_version: String,
     kind: String,
     hostname_override: Option<String>,
-    client_connection: Option<ClientConnection>,
+    client_connection: Option<Mapping<ClientConnection>>,
     healthz_bind_address: Option<String>,
     metrics_bind_address: Option<String>,
     mode: Option<String>,
-    nftables: Option<Nftables>,
-    conntrack: Option<Conntrack>,
+    nftables: Option<Mapping<Nftables>>,
+    conntrack: Option<Mapping<Conntrack>>,
     detect_local_mode: Option<String>,
-    detect_local: Option<DetectLocal>,
+    detect_local: Option<Mapping<DetectLocal>>,
     #[serde(rename = "clusterCIDR")]
     cluster_cidr: Option<String>,
     node_port_addresses: Option<Vec<String>>,
@@ -89,6 +93,30 @@ struct Nftables {
 struct DetectLocal {
     bridge_interface: Option<String>,
     interface_name_prefix: Option<String>,
+}
+
+/// What must be written as a mapping: serde takes a list, too, for the fields in their order.
+#[derive(Debug, Default)]
+struct Mapping<T>(T);
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Mapping<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(MappingVisitor(PhantomData))
+    }
+}
+
+struct MappingVisitor<T>(PhantomData<T>);
+
+impl<'de, T: Deserialize<'de>> Visitor<'de> for MappingVisitor<T> {
+    type Value = Mapping<T>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a mapping")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Self::Value, A::Error> {
+        T::deserialize(MapAccessDeserializer::new(map)).map(Mapping)
+    }
 }
 
 /// Reads the file at `path`.
@@ -119,7 +147,7 @@ fn parse(text: &str) -> anyhow::Result<(Config, Vec<String>)> {
             name_what_is_said(path, value, &mut unused);
         }
     });
-    let file: File =
+    let Mapping::<File>(file) =
         read.map_err(|error: serde_json::Error| anyhow!("{}: {error}", track.path()))?;
     if file.api_version != API_VERSION || file.kind != KIND {
         bail!(
@@ -134,7 +162,33 @@ fn parse(text: &str) -> anyhow::Result<(Config, Vec<String>)> {
     // Whatever they are set to, somebody has chosen it.
     let gates = file.feature_gates.iter().flatten().map(|(gate, _)| gate);
     unused.extend(gates.filter(|gate| *gate != EXTERNAL_IPS).map(|g| format!("featureGates.{g}")));
+    unused.extend(of_other_modes(&file).map(str::to_owned));
     lower(file).map(|config| (config, unused))
+}
+
+/// What is set for another `detectLocalMode` than that of the file.
+fn of_other_modes(file: &File) -> impl Iterator<Item = &'static str> {
+    let mode = match file.detect_local_mode.as_deref() {
+        None | Some("") => "ClusterCIDR",
+        Some(mode) => mode,
+    };
+    let detect = file.detect_local.as_ref().map(|Mapping(detect)| detect);
+    let fields = [
+        ("ClusterCIDR", "clusterCIDR", &file.cluster_cidr),
+        (
+            "BridgeInterface",
+            "detectLocal.bridgeInterface",
+            detect.map_or(&None, |detect| &detect.bridge_interface),
+        ),
+        (
+            "InterfaceNamePrefix",
+            "detectLocal.interfaceNamePrefix",
+            detect.map_or(&None, |detect| &detect.interface_name_prefix),
+        ),
+    ];
+    let is_set = |value: &Option<String>| value.as_ref().is_some_and(|value| !value.is_empty());
+    let others = fields.map(|(of, field, value)| (of != mode && is_set(value)).then_some(field));
+    others.into_iter().flatten()
 }
 
 fn lower(file: File) -> anyhow::Result<Config> {
@@ -143,6 +197,8 @@ fn lower(file: File) -> anyhow::Result<Config> {
     let bind = |field: &str, text: Option<String>, port| {
         given(text).map(|text| address(&text, port).with_context(|| field.to_owned())).transpose()
     };
+    let node_name = given(file.hostname_override).map(|name| arguments::node_name(&name));
+    let node_name = node_name.transpose().map_err(|error| anyhow!("hostnameOverride: {error}"))?;
     let nodeport_addresses = match file.node_port_addresses.filter(|list| !list.is_empty()) {
         Some(list) => Some(
             arguments::nodeport_addresses(&list.join(","))
@@ -152,20 +208,20 @@ fn lower(file: File) -> anyhow::Result<Config> {
     };
     let local_traffic = local_traffic(
         file.detect_local_mode.as_deref().unwrap_or_default(),
-        file.detect_local.unwrap_or_default(),
+        file.detect_local.unwrap_or_default().0,
         file.cluster_cidr.as_deref().unwrap_or_default(),
     )?;
     Ok(Config {
-        node_name: given(file.hostname_override).map(|name| name.trim().to_lowercase()),
-        kubeconfig: given(file.client_connection.unwrap_or_default().kubeconfig).map(Into::into),
+        node_name,
+        kubeconfig: given(file.client_connection.unwrap_or_default().0.kubeconfig).map(Into::into),
         healthz_bind_address: bind("healthzBindAddress", file.healthz_bind_address, 10256)?,
         metrics_bind_address: bind("metricsBindAddress", file.metrics_bind_address, 10249)?,
         nodeport_addresses,
         local_traffic: Some(local_traffic),
-        masquerade_all: file.nftables.unwrap_or_default().masquerade_all,
+        masquerade_all: file.nftables.unwrap_or_default().0.masquerade_all,
         no_external_ips: gates.get(EXTERNAL_IPS) == Some(&false),
         oom_score_adj: oom_score_adj(file.oom_score_adj)?,
-        conntrack: file.conntrack.unwrap_or_default(),
+        conntrack: file.conntrack.unwrap_or_default().0,
     })
 }
 
@@ -177,8 +233,6 @@ fn address(text: &str, port: u16) -> anyhow::Result<Bind> {
     address.map(|address| Bind(Some(address))).map_err(|_| anyhow!("{text:?} is not IP or IP:PORT"))
 }
 
-/// `detectLocalMode` and what it refers to. kube-proxy's default is `ClusterCIDR`, and without such a
-/// CIDR nothing is known of pods.
 fn oom_score_adj(score: Option<i16>) -> anyhow::Result<Option<i16>> {
     let range = -1000..=1000;
     if let Some(score) = score.filter(|score| !range.contains(score)) {
@@ -187,6 +241,8 @@ fn oom_score_adj(score: Option<i16>) -> anyhow::Result<Option<i16>> {
     Ok(score)
 }
 
+/// `detectLocalMode` and what it refers to. kube-proxy's default is `ClusterCIDR`, and without such a
+/// CIDR nothing is known of pods.
 fn local_traffic(mode: &str, detect: DetectLocal, cidr: &str) -> anyhow::Result<LocalTraffic> {
     let interface = |field: &str, name: Option<String>| {
         let name = name.unwrap_or_default();
@@ -354,10 +410,48 @@ nftables: {{syncPeriod: 10s}}
     }
 
     #[test]
+    fn what_belongs_to_another_local_mode() {
+        let all = "clusterCIDR: 10.0.0.0/8\n\
+                   detectLocal: {bridgeInterface: cni0, interfaceNamePrefix: cali}";
+        let [cidr, bridge, prefix] =
+            ["clusterCIDR", "detectLocal.bridgeInterface", "detectLocal.interfaceNamePrefix"];
+        for (mode, expected) in [
+            ("\"\"", vec![bridge, prefix]),
+            ("null", vec![bridge, prefix]),
+            ("ClusterCIDR", vec![bridge, prefix]),
+            ("NodeCIDR", vec![cidr, bridge, prefix]),
+            ("BridgeInterface", vec![cidr, prefix]),
+            ("InterfaceNamePrefix", vec![cidr, bridge]),
+        ] {
+            let (_, unused) = parse(&format!("{HEAD}{all}\ndetectLocalMode: {mode}")).unwrap();
+            assert_eq!(unused, expected, "{mode}");
+        }
+    }
+
+    #[test]
+    fn a_list_is_no_mapping() {
+        for (field, list) in [
+            ("clientConnection", "[/etc/kubeconfig]"),
+            ("conntrack", "[7, 9, 1h0m0s]"),
+            ("conntrack", "[]"),
+            ("nftables", "[true]"),
+            ("detectLocal", "[cni0]"),
+            ("featureGates", "[]"),
+        ] {
+            let error = parse(&format!("{HEAD}{field}: {list}")).unwrap_err();
+            let expected = format!("{field}: invalid type: sequence, expected a map");
+            assert!(error.to_string().starts_with(&expected), "{field}: {list}: {error}");
+            parse(&format!("{HEAD}{field}: null")).unwrap();
+        }
+        assert!(parse("[kubeproxy.config.k8s.io/v1alpha1, KubeProxyConfiguration]").is_err());
+    }
+
+    #[test]
     fn what_is_wrong_is_named() {
         for (text, expected) in [
             ("a: [", "is not YAML"),
             ("kind: Deployment", "expected kubeproxy.config.k8s.io/v1alpha1"),
+            (&*format!("{HEAD}hostnameOverride: ' '"), "hostnameOverride: names no node"),
             (&*format!("{HEAD}clusterCIDR: everywhere"), "clusterCIDR: \"everywhere\""),
             (&*format!("{HEAD}nodePortAddresses: [x]"), "nodePortAddresses: \"x\""),
             (&*format!("{HEAD}detectLocalMode: BridgeInterface"), "detectLocal.bridgeInterface"),

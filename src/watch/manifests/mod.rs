@@ -70,3 +70,15 @@ pub fn load(path: &Path, options: &Options) -> Result<Loaded, Error> {
     let diagnostics = directory.diagnostics();
     Ok(Loaded { index: directory.into_index(), diagnostics })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_document_says_how_large_a_file_may_be() {
+        let document = include_str!("../../../docs/manifests.md");
+        let sentence = format!("A file may be up to {} MiB.", LARGEST_FILE >> 20);
+        assert!(document.contains(&sentence), "{sentence:?} is not there");
+    }
+}
