@@ -1,4 +1,4 @@
-//! Connections in connection tracking that must not go on.
+//! Connections in connection tracking that must not go on, and who is to be forgotten.
 //!
 //! A ruleset decides about the first packet of a connection only. So some connections must be
 //! deleted after a transaction; their next packet is a first packet again. [`super::revoke`] says
@@ -93,10 +93,13 @@ impl Suspects {
 
 #[derive(Debug)]
 enum Work {
-    Sweep(Suspects),
+    Sweep(Box<Suspects>),
     WakeBy(Wake),
-    /// Says when everything before is done.
-    Barrier(mpsc::Sender<()>),
+    /// Says when everything before is done; of clients that are to be forgotten, if they count.
+    Barrier {
+        done: mpsc::Sender<()>,
+        with_clients: bool,
+    },
 }
 
 /// Tells somebody that there is something new.
@@ -121,7 +124,8 @@ impl Sweeper {
         let (work, queue) = mpsc::channel();
         let (forget, forgotten) = mpsc::channel();
         let in_force = Arc::<Mutex<InForce>>::default();
-        let thread = Thread { in_force: Arc::clone(&in_force), forget, wake: None };
+        let forgetter = Forgetter::start(Arc::clone(&in_force), forget);
+        let thread = Thread { in_force: Arc::clone(&in_force), forgetter };
         let named = std::thread::Builder::new().name("sweeper".to_owned());
         named.spawn(move || thread.run(&queue)).expect("a thread can be started");
         Sweeper { work, in_force, forgotten }
@@ -166,14 +170,24 @@ impl Sweeper {
     pub fn sweep(&self, suspects: Suspects) {
         if !suspects.is_empty() {
             // The thread ends only after this end of the channel.
-            let _ = self.work.send(Work::Sweep(suspects));
+            let _ = self.work.send(Work::Sweep(Box::new(suspects)));
         }
     }
 
-    /// Waits until everything asked for is done.
+    /// Waits until connections that may not go on are deleted. Clients that are to be forgotten are
+    /// not waited for: that may take half a minute, and the rules send them nowhere.
     pub fn finish(&self) {
+        self.wait(false);
+    }
+
+    /// Waits until all who are to be forgotten have been found, too.
+    pub fn finish_with_clients(&self) {
+        self.wait(true);
+    }
+
+    fn wait(&self, with_clients: bool) {
         let (done, wait) = mpsc::channel();
-        if self.work.send(Work::Barrier(done)).is_ok() {
+        if self.work.send(Work::Barrier { done, with_clients }).is_ok() {
             let _ = wait.recv();
         }
     }
@@ -187,21 +201,24 @@ fn lock(in_force: &Mutex<InForce>) -> MutexGuard<'_, InForce> {
 /// What the thread works with.
 struct Thread {
     in_force: Arc<Mutex<InForce>>,
-    forget: mpsc::Sender<Vec<Forgotten>>,
-    wake: Option<Wake>,
+    forgetter: Forgetter,
 }
 
 impl Thread {
-    fn run(mut self, queue: &mpsc::Receiver<Work>) {
+    fn run(self, queue: &mpsc::Receiver<Work>) {
         while let Ok(first) = queue.recv() {
             let mut barriers = Vec::new();
             let mut suspects = Suspects::default();
             for work in std::iter::once(first).chain(queue.try_iter()) {
                 match work {
-                    Work::Sweep(more) => suspects.extend(more),
-                    Work::WakeBy(wake) => self.wake = Some(wake),
-                    Work::Barrier(done) => barriers.push(done),
+                    Work::Sweep(more) => suspects.extend(*more),
+                    Work::WakeBy(wake) => self.forgetter.tell(Forget::WakeBy(wake)),
+                    Work::Barrier { done, with_clients } => barriers.push((done, with_clients)),
                 }
+            }
+            let lapsed = std::mem::take(&mut suspects.lapsed);
+            if !lapsed.is_empty() {
+                self.forgetter.tell(Forget::Lapsed(lapsed));
             }
             if !suspects.is_empty() {
                 let mut last = self.sweep(&suspects);
@@ -216,31 +233,90 @@ impl Thread {
                 }
                 log_result(last);
             }
-            for done in barriers {
-                // Who waited may be gone.
-                let _ = done.send(());
+            for (done, with_clients) in barriers {
+                if with_clients {
+                    self.forgetter.tell(Forget::Barrier(done));
+                } else {
+                    // Who waited may be gone.
+                    let _ = done.send(());
+                }
             }
         }
     }
 
     /// Looks once. All is tried, whatever becomes of the first.
     fn sweep(&self, suspects: &Suspects) -> Result<Deleted, Error> {
-        let mut socket = Socket::open()?;
-        let forgotten = self.forget(&mut socket, &suspects.lapsed);
-        let deleted = delete_flows(&mut socket, suspects, &self.in_force);
-        forgotten.and(deleted)
+        delete_flows(&mut Socket::open()?, suspects, &self.in_force)
+    }
+}
+
+/// What the thread that finds clients does.
+#[derive(Debug)]
+enum Forget {
+    Lapsed(Lapsed),
+    WakeBy(Wake),
+    Barrier(mpsc::Sender<()>),
+}
+
+/// A thread of its own that finds who is to be forgotten, because listing all who are remembered may
+/// take the kernel half a minute, and connections that may not go on must not wait for that.
+struct Forgetter(mpsc::Sender<Forget>);
+
+impl Forgetter {
+    /// Starts the thread; it ends when the `Forgetter` is dropped.
+    fn start(in_force: Arc<Mutex<InForce>>, found: mpsc::Sender<Vec<Forgotten>>) -> Forgetter {
+        let (tell, queue) = mpsc::channel();
+        let named = std::thread::Builder::new().name("forgetter".to_owned());
+        let run = move || find_clients(&queue, &in_force, &found);
+        named.spawn(run).expect("a thread can be started");
+        Forgetter(tell)
     }
 
-    fn forget(&self, socket: &mut Socket, lapsed: &Lapsed) -> Result<(), Error> {
-        if lapsed.is_empty() {
-            return Ok(());
+    fn tell(&self, what: Forget) {
+        // The thread ends only after this end of the channel.
+        let _ = self.0.send(what);
+    }
+}
+
+fn find_clients(
+    queue: &mpsc::Receiver<Forget>,
+    in_force: &Mutex<InForce>,
+    found: &mpsc::Sender<Vec<Forgotten>>,
+) {
+    let mut wake = None;
+    while let Ok(first) = queue.recv() {
+        // A packet that passed the old ruleset may still be remembered.
+        std::thread::sleep(STRAGGLERS);
+        let (mut lapsed, mut barriers) = (Lapsed::default(), Vec::new());
+        for what in std::iter::once(first).chain(queue.try_iter()) {
+            match what {
+                Forget::Lapsed(more) => lapsed.extend(more),
+                Forget::WakeBy(by) => wake = Some(by),
+                Forget::Barrier(done) => barriers.push(done),
+            }
         }
-        let listed = affinity::list(socket)?;
-        let found = lock(&self.in_force).remembered.lapsed(lapsed, &listed);
-        if !found.is_empty() && self.forget.send(found).is_ok() {
-            self.wake.iter().for_each(|Wake(wake)| wake());
+        if !lapsed.is_empty() {
+            match Socket::open().and_then(|mut socket| affinity::list(&mut socket)) {
+                Ok(listed) => {
+                    let clients = lock(in_force).remembered.lapsed(&lapsed, &listed);
+                    if !clients.is_empty()
+                        && found.send(clients).is_ok()
+                        && let Some(Wake(wake)) = &wake
+                    {
+                        wake();
+                    }
+                }
+                // Each of them loses an attempt to connect.
+                Err(error) => tracing::warn!(
+                    error = &error as &dyn std::error::Error,
+                    "cannot list the clients of endpoints that left",
+                ),
+            }
         }
-        Ok(())
+        for done in barriers {
+            // Who waited may be gone.
+            let _ = done.send(());
+        }
     }
 }
 
@@ -263,7 +339,7 @@ fn log_result(result: Result<Deleted, Error>) {
         }
         Err(error) => tracing::error!(
             error = &error as &dyn std::error::Error,
-            "connections of revoked sources, and flows and clients of endpoints that left, may stay: \
+            "connections of revoked sources, and flows to endpoints that left, may stay: \
              the kernel does not list or delete them",
         ),
     }

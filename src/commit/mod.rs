@@ -245,8 +245,8 @@ fn run(mut worker: Worker, queue: &mpsc::Receiver<Request>, pulse: &Pulse) {
         more = worker.forget_clients();
         pulse.done(requests, worker.is_stale(), worker.totals());
     }
-    // A daemon that ends owes what it began: the next one finds nothing to write.
-    worker.finish_sweeps();
+    // A daemon that ends owes what it began. The next one looks for clients again.
+    worker.finish_deletions();
 }
 
 type Waiting = Vec<(Subject, oneshot::Sender<Result<(), CommitError>>)>;

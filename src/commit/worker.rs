@@ -183,8 +183,15 @@ impl Worker {
         self.socket.generation().is_ok_and(|now| now != then.wrapping_add(ours))
     }
 
-    /// Waits until the connections are deleted that may not go on, and forgets clients as needed.
+    /// Waits until the connections are deleted that may not go on, and all clients forgotten that
+    /// are to be: half a minute where very many are remembered.
     pub fn finish_sweeps(&mut self) {
+        self.sweeper.finish_with_clients();
+        while self.forget_clients() {}
+    }
+
+    /// Waits until the connections are deleted that may not go on.
+    pub fn finish_deletions(&mut self) {
         self.sweeper.finish();
         while self.forget_clients() {}
     }

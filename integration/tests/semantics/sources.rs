@@ -189,7 +189,7 @@ fn node_port_firewalls_are_about_addresses_of_the_node() -> Result<()> {
         }
         Ok(())
     };
-    manifest.allowed("192.0.2.0/24, 2001:db8:1::/64").write(&world.manifests)?;
+    manifest.clone().allowed("192.0.2.0/24, 2001:db8:1::/64").write(&world.manifests)?;
     for flow in &mut revoked {
         let ends = || flow.exchange().is_ok_and(|outcome| outcome.by().is_none());
         ensure!(eventually(NOTICE, ends), "the firewall of the node port does not change");

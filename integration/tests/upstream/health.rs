@@ -193,7 +193,7 @@ fn load_balancers_are_told_what_upstream_tells_them() -> Result<()> {
         let proxy = Proxy::new()?;
         let context = context(of_one_listener[0].is_at_loopback())?;
         proxy.reporter.node(&context);
-        let (told, tells) = services::checks();
+        let (told, tells) = services::channel();
         let server =
             services::serve(tells, Connections::default(), proxy.health(), proxy.reporter.clone());
         proxy.serve(server, || {

@@ -446,9 +446,10 @@ fn source_ranges_of_one_family() {
             .map(|d| (d.severity, d.field.as_str(), d.message.split(':').next().unwrap()))
             .collect();
         let message = open.map(|family| format!("no range is of {family}"));
-        let expected = message
+        let expected: Vec<_> = message
             .iter()
-            .map(|m| (Severity::Warning, "spec.loadBalancerSourceRanges", m.as_str()));
-        assert_eq!(found, Vec::from_iter(expected), "{addresses:?} {ranges:?}");
+            .map(|m| (Severity::Warning, "spec.loadBalancerSourceRanges", m.as_str()))
+            .collect();
+        assert_eq!(found, expected, "{addresses:?} {ranges:?}");
     }
 }
