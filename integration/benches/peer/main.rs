@@ -77,8 +77,8 @@ struct Options {
 const CLUSTERS: [Cluster; 5] = [
     Cluster { services: 1_000, endpoints: 2, sticky: 0 },
     Cluster { services: 10_000, endpoints: 2, sticky: 0 },
-    Cluster { services: 10_000, endpoints: 2, sticky: 5_000 },
     Cluster { services: 10_000, endpoints: 10, sticky: 0 },
+    Cluster { services: 10_000, endpoints: 2, sticky: 5_000 },
     Cluster { services: 44_125, endpoints: 2, sticky: 0 },
 ];
 
@@ -109,6 +109,7 @@ fn go(options: &Options) -> Result<()> {
         markdown::replace(file, "bench-peer", &text)?;
     }
     print!("{text}");
+    ensure!(results.failed.is_empty(), "not measured: {}", results.failed.join("; "));
     Ok(())
 }
 
@@ -134,9 +135,9 @@ fn measure(options: &Options) -> Result<Results> {
         fill::begin(&client, &node, portcullis_integration::daemon::NODE_NAME).await?;
         anyhow::Ok(client.apiserver_version().await?.git_version)
     })?;
-    let mut results = Results { machine, kubernetes, runs: Vec::new() };
+    let mut results = Results { machine, kubernetes, runs: Vec::new(), failed: Vec::new() };
     let mut fresh = observe::Fresh::default();
-    let mut before = None;
+    let (mut before, mut failed) = (None, Vec::new());
     for cluster in clusters {
         eprintln!("filling: {cluster}");
         let began = Instant::now();
@@ -149,14 +150,21 @@ fn measure(options: &Options) -> Result<Results> {
                 continue;
             }
             let plan = run::Plan::of(proxy, cluster, options.quick, options.repetitions);
-            let run = run::run(&plan, &plane, &driver, &mut fresh)
-                .with_context(|| format!("{} at {cluster}", proxy.name()))?;
-            results.runs.push(run);
+            match run::run(&plan, &plane, &driver, &mut fresh) {
+                Ok(run) => results.runs.push(run),
+                // The others are worth having.
+                Err(error) => {
+                    eprintln!("error: {} at {cluster}: {error:#}", proxy.name());
+                    failed.push(format!("{} at {cluster}", proxy.name()));
+                    continue;
+                }
+            }
             if let Some(file) = &options.json {
                 write(file, &report::raw(&results)?)?;
             }
         }
     }
+    results.failed = failed;
     Ok(results)
 }
 

@@ -17,6 +17,9 @@ pub struct Results {
     pub kubernetes: String,
     /// One for each cluster and proxy.
     pub runs: Vec<Run>,
+    /// What could not be measured.
+    #[serde(skip)]
+    pub failed: Vec<String>,
 }
 
 /// One proxy on one cluster.
@@ -45,7 +48,7 @@ pub struct Run {
 pub struct Start {
     /// How long it took.
     pub seconds: f64,
-    /// What it cost.
+    /// What it cost, the three seconds after that included.
     pub usage: Usage,
 }
 

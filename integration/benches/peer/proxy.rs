@@ -17,10 +17,10 @@ use serde::{Deserialize, Serialize};
 use crate::cluster::{Cluster, PORT, cluster_ip};
 use crate::kernel::{Expected, Kernel};
 use crate::machine::peak_kib;
-use crate::outcome::{Start, Usage};
+use crate::outcome::Usage;
 
 /// How long a start may take.
-const LIMIT: Duration = Duration::from_secs(20 * 60);
+pub const LIMIT: Duration = Duration::from_secs(20 * 60);
 /// How long a proxy may take to end.
 const STOP_LIMIT: Duration = Duration::from_secs(120);
 /// How often the kernel is asked whether it holds everything. It takes well below a millisecond.
@@ -133,7 +133,7 @@ impl Running {
         Ok(Self { process, started, children })
     }
 
-    /// Waits until the kernel holds all of the cluster.
+    /// Waits until the kernel holds all of the cluster. Gives the seconds since the start.
     ///
     /// # Errors
     /// When the proxy ends, or takes longer than 20 minutes.
@@ -142,9 +142,9 @@ impl Running {
         proxy: Proxy,
         cluster: Cluster,
         lab: &Lab,
-    ) -> Result<Start> {
+    ) -> Result<f64> {
         let expected = proxy.expected(cluster);
-        lab.node.enter(|| -> Result<Start> {
+        lab.node.enter(|| -> Result<f64> {
             let kernel = Kernel::open()?;
             let deadline = self.started + LIMIT;
             loop {
@@ -153,8 +153,7 @@ impl Running {
                     missing = missing || !kernel.holds(expected)?;
                 }
                 if !missing {
-                    let seconds = self.started.elapsed().as_secs_f64();
-                    return Ok(Start { seconds, usage: self.usage()? });
+                    return Ok(self.started.elapsed().as_secs_f64());
                 }
                 ensure!(self.process.is_running(), "it ended\n{}", self.process.tail());
                 if Instant::now() > deadline {
@@ -163,6 +162,19 @@ impl Running {
                 thread::sleep(POLL);
             }
         })
+    }
+
+    /// Waits until it runs no program: before, that one's CPU time is not known.
+    ///
+    /// # Errors
+    /// When one runs for two minutes.
+    pub fn wait_for_children(&self) -> Result<()> {
+        let deadline = Instant::now() + STOP_LIMIT;
+        while !children_of(self.process.pid().as_raw()).is_some_and(|all| all.is_empty()) {
+            ensure!(Instant::now() < deadline, "a child process runs for {STOP_LIMIT:?}");
+            thread::sleep(SAMPLE);
+        }
+        Ok(())
     }
 
     /// What it used so far.
@@ -244,13 +256,17 @@ impl Drop for Children {
 
 /// The most memory that one of the process's present children ever had, in KiB.
 fn largest_child(pid: i32) -> Option<u64> {
-    let process = Stat::new(pid).ok()?;
-    let program = process.exe().ok()?;
-    let children = process.tasks().ok()?.filter_map(|task| task.ok()?.children().ok()).flatten();
+    let program = Stat::new(pid).ok()?.exe().ok()?;
     let peak = |child: u32| {
         // Until it runs a program of its own, a child has its parent's memory.
         let other = Stat::new(child.cast_signed()).ok()?.exe().ok()? != program;
         other.then(|| peak_kib(&child.to_string()).ok())?
     };
-    children.filter_map(peak).max()
+    children_of(pid)?.into_iter().filter_map(peak).max()
+}
+
+/// The present children of a process.
+fn children_of(pid: i32) -> Option<Vec<u32>> {
+    let tasks = Stat::new(pid).ok()?.tasks().ok()?;
+    Some(tasks.filter_map(|task| task.ok()?.children().ok()).flatten().collect())
 }

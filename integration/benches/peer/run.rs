@@ -15,7 +15,7 @@ use crate::connections::{self, Servers};
 use crate::objects;
 use crate::observe::{Fresh, Observer};
 use crate::outcome::{Listing, Restart, Run, Start};
-use crate::proxy::{Proxy, Running};
+use crate::proxy::{self, Proxy, Running};
 
 /// Pods on the node: all endpoints of a Service, and a client.
 pub const PODS: usize = MAX_ENDPOINTS + 1;
@@ -50,7 +50,7 @@ impl Plan {
         let pause = Duration::from_millis(if proxy == Proxy::KubeProxy { 1_100 } else { 50 });
         let time = Duration::from_secs(if quick { 2 } else { 5 });
         let paces = vec![
-            Pace::Single { most, budget: Duration::from_secs(120), pause },
+            Pace::Single { most, budget: Duration::from_secs(90), pause },
             Pace::Rate(100, time),
             Pace::Rate(1_000, time),
         ];
@@ -74,8 +74,6 @@ pub fn run(plan: &Plan, plane: &ControlPlane, driver: &Host, fresh: &mut Fresh) 
     let lab = laboratory(plane)?;
     let mut running = Running::start(proxy, plane, &lab)?;
     starts.push(programmed(&mut running, plan, &lab)?);
-    // What a proxy does besides, for the other family for instance, is not to disturb the rest.
-    thread::sleep(QUIET);
 
     let listing = list(&lab)?;
     say(plan, "listing", listing.seconds);
@@ -107,7 +105,7 @@ pub fn run(plan: &Plan, plane: &ControlPlane, driver: &Host, fresh: &mut Fresh) 
 
     let observer = Observer::start(&lab.node)?;
     let running = Running::start(proxy, plane, &lab)?;
-    let at = observer.wait_for(missed, running.started + LIMIT);
+    let at = observer.wait_for(missed, running.started + proxy::LIMIT);
     let at = at.with_context(|| format!("after a restart\n{}", running.tail()))?;
     let seconds = at.duration_since(running.started).as_secs_f64();
     let heard = observer.settle(QUIET, LIMIT)?;
@@ -126,9 +124,12 @@ fn laboratory(plane: &ControlPlane) -> Result<Lab> {
 }
 
 fn programmed(running: &mut Running, plan: &Plan, lab: &Lab) -> Result<Start> {
-    let start = running.wait_until_programmed(plan.proxy, plan.cluster, lab)?;
-    say(plan, "start", start.seconds);
-    Ok(start)
+    let seconds = running.wait_until_programmed(plan.proxy, plan.cluster, lab)?;
+    say(plan, "start", seconds);
+    // What a proxy does besides, for the other family for instance, is not to disturb the rest.
+    thread::sleep(QUIET);
+    running.wait_for_children()?;
+    Ok(Start { seconds, usage: running.usage()? })
 }
 
 fn list(lab: &Lab) -> Result<Listing> {
