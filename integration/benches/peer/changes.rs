@@ -96,7 +96,7 @@ impl Changer<'_> {
             from_sending: Distribution::of(from_sending),
             from_answer: Distribution::of(from_answer),
             cpu_seconds: proxy.cpu_seconds()? - cpu,
-            kernel_changes: after.changes - heard.changes,
+            operations: after.changes - heard.changes,
             transactions: after.transactions - heard.transactions,
         })
     }

@@ -36,7 +36,7 @@ const HEADER: usize = 16;
 /// The network for benchmarks (RFC 2544), 198.18.0.0/15. Its bytes are no text, so nothing else in
 /// a notification looks like one of its addresses.
 const FIRST_FRESH: Ipv4Addr = Ipv4Addr::new(198, 18, 0, 0);
-const FRESH: usize = 1 << 17;
+const FRESH: u32 = 1 << 17;
 /// What may wait to be read: everything that a whole ruleset consists of.
 const RECEIVE_BUFFER: usize = 512 << 20;
 /// A datagram is at most this long (`NLMSG_GOODSIZE`, with room).
@@ -55,7 +55,7 @@ impl Fresh {
     /// When there are no more.
     pub fn address(&mut self) -> Result<Ipv4Addr> {
         self.0 += 1;
-        if self.0 >= FRESH {
+        if self.0 >= FRESH as usize {
             bail!("all {FRESH} addresses for changed endpoints are used up");
         }
         Ok(offset(FIRST_FRESH, self.0))
@@ -230,7 +230,6 @@ impl Shared {
 /// The addresses of [`Fresh`] in a message. Values are aligned to four bytes, as all of netlink is.
 fn fresh_addresses(message: &[u8]) -> impl Iterator<Item = Ipv4Addr> {
     let words = message.as_chunks::<4>().0;
-    let is_fresh =
-        |address: &Ipv4Addr| address.to_bits() & !(FRESH as u32 - 1) == FIRST_FRESH.to_bits();
+    let is_fresh = |address: &Ipv4Addr| address.to_bits() & !(FRESH - 1) == FIRST_FRESH.to_bits();
     words.iter().map(|word| Ipv4Addr::from_octets(*word)).filter(is_fresh)
 }

@@ -101,7 +101,7 @@ pub struct Changes {
     /// CPU time of the proxy meanwhile.
     pub cpu_seconds: f64,
     /// Objects, rules and elements added or deleted in the kernel.
-    pub kernel_changes: usize,
+    pub operations: usize,
     /// Transactions.
     pub transactions: usize,
 }
@@ -112,7 +112,7 @@ pub struct Restart {
     /// From the start of the process until the change is in force.
     pub seconds: f64,
     /// Objects, rules and elements added or deleted in the kernel, until nothing happened anymore.
-    pub kernel_changes: usize,
+    pub operations: usize,
     /// Transactions.
     pub transactions: usize,
 }

@@ -170,9 +170,7 @@ fn table(out: &mut String, pair: &Pair<'_>) {
     line("start to programmed, median", time, &Run::start_seconds);
     line("CPU time of that", time, &|run| run.start(|start| start.usage.cpu_seconds));
     line("restart, until a missed change is in force", time, &|run| Some(run.restart.seconds));
-    line("changes of the kernel at a restart", plain, &|run| {
-        Some(as_f64(run.restart.kernel_changes))
-    });
+    line("changes of the kernel at a restart", plain, &|run| Some(as_f64(run.restart.operations)));
     for (rate, name) in [
         (None, "one change at a time"),
         (Some(100), "100 changes a second"),

@@ -111,8 +111,7 @@ pub fn run(plan: &Plan, plane: &ControlPlane, driver: &Host, fresh: &mut Fresh) 
     let heard = observer.settle(QUIET, LIMIT)?;
     running.stop()?;
     say(plan, "restart", seconds);
-    let restart =
-        Restart { seconds, kernel_changes: heard.changes, transactions: heard.transactions };
+    let restart = Restart { seconds, operations: heard.changes, transactions: heard.transactions };
     Ok(Run { cluster, proxy, starts, listing, connections, changes, restart, usage })
 }
 
