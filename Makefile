@@ -7,10 +7,9 @@ CARGO ?= cargo
 INSTALL ?=
 PREPARE := integration/prepare.sh $(if $(INSTALL),--install)
 ARCH ?=
-BENCH_ARGS ?= --json docs/benchmarks/ruleset.json --markdown docs/benchmarks.md
 
 .DEFAULT_GOAL := help
-.PHONY: help build image demo test unit lint fmt bench deny clean
+.PHONY: help build image demo test unit lint fmt bench bench-peer deny clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,9 +45,16 @@ lint: ## Check format, lints, links of the documentation, licences and shell scr
 fmt: ## Format the code
 	$(CARGO) fmt --all
 
+bench: BENCH_ARGS ?= --json docs/benchmarks/ruleset.json --markdown docs/benchmarks.md
 bench: ## Measure, beside a ruleset of kube-proxy's shape; writes docs/benchmarks.md (root)
 	@$(PREPARE) bench
 	$(CARGO) bench --locked --bench ruleset -- $(BENCH_ARGS)
+
+# Cargo runs a benchmark in the directory of its package.
+bench-peer: BENCH_ARGS ?= --json $(CURDIR)/docs/benchmarks/peer.json --markdown $(CURDIR)/docs/benchmarks.md --plots $(CURDIR)/docs/benchmarks
+bench-peer: ## Measure beside kube-proxy, on a real API server; writes docs/benchmarks.md (root)
+	@$(PREPARE) bench-peer
+	$(CARGO) bench --locked --package portcullis-integration --bench peer -- $(BENCH_ARGS)
 
 deny: ## Check dependencies for licences, sources and advisories (cargo-deny; needs GitHub for these)
 	$(CARGO) deny check

@@ -10,8 +10,12 @@
 mod cluster;
 mod isolation;
 mod kube_proxy;
+#[path = "../common/machine.rs"]
 mod machine;
+#[path = "../common/markdown.rs"]
+mod markdown;
 mod measure;
+#[path = "../common/objects.rs"]
 mod objects;
 mod portcullis;
 mod report;
@@ -116,7 +120,7 @@ fn run(options: &Options) -> Result<()> {
         std::fs::write(file, text).with_context(|| format!("cannot write {}", file.display()))?;
     }
     if let Some(file) = &options.markdown {
-        report::replace(file, &report::markdown(&results))?;
+        markdown::replace(file, "bench", &report::markdown(&results))?;
     }
     print!("{}", report::markdown(&results));
     Ok(())

@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::cluster::Size;
+use crate::objects::Objects;
 
 /// What one child process does, in a network namespace of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -78,17 +79,6 @@ pub struct Outcome {
     pub objects: Option<Objects>,
 }
 
-/// Objects in a table; elements are none.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Objects {
-    /// Chains.
-    pub chains: usize,
-    /// Rules.
-    pub rules: usize,
-    /// Sets and maps, anonymous ones included.
-    pub sets: usize,
-}
-
 /// What each list of `loadBalancerSourceRanges` adds to our table.
 pub const LOAD_BALANCER_FIREWALL: Objects = Objects { chains: 1, rules: 3, sets: 2 };
 
@@ -128,13 +118,4 @@ impl Outcome {
         self.peak_kib.extend(other.peak_kib);
         self.objects = self.objects.or(other.objects);
     }
-}
-
-/// The value below which this share of `values` lies, by nearest rank; 0.5 is the median.
-pub fn percentile(values: &[f64], share: f64) -> Option<f64> {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss)]
-    let rank = (share * sorted.len() as f64).ceil() as usize;
-    sorted.get(rank.max(1) - 1).copied()
 }

@@ -13,8 +13,9 @@ use portcullis::model::{Family, SourceRestriction};
 use crate::cluster::{Cluster, NODE_PORTS};
 use crate::isolation;
 use crate::machine::peak_kib;
-use crate::measure::{Job, LOAD_BALANCER_FIREWALL, Measurement, Objects, Outcome, Proxy, What};
+use crate::measure::{Job, LOAD_BALANCER_FIREWALL, Measurement, Outcome, Proxy, What};
 use crate::objects;
+use crate::objects::Objects;
 
 /// How long the kernel may take to grow its hash tables in the background.
 const SETTLE: Duration = Duration::from_millis(300);
@@ -43,7 +44,7 @@ fn cold_load(job: &Job) -> Result<Outcome> {
     let mut subject = Measured::open()?;
     let mut outcome = Outcome::default();
     subject.adopt(&cluster, &mut outcome)?;
-    outcome.peak_kib.push(peak_kib()?);
+    outcome.peak_kib.push(peak_kib("self")?);
     outcome.objects = Some(objects::count()?);
     Ok(outcome)
 }
@@ -55,7 +56,7 @@ fn restart(job: &Job) -> Result<Outcome> {
     let cluster = Cluster::new(job.size);
     let mut outcome = Outcome::default();
     Measured::open()?.adopt(&cluster, &mut outcome)?;
-    outcome.peak_kib.push(peak_kib()?);
+    outcome.peak_kib.push(peak_kib("self")?);
     expect(job, &outcome, 0..=0)?;
     Ok(outcome)
 }

@@ -2,17 +2,15 @@
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
-use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 
 use crate::Results;
 use crate::cluster::Size;
 use crate::machine::Machine;
-use crate::measure::{LOAD_BALANCER_FIREWALL, Measurement, Objects, Proxy, What, percentile};
-
-const BEGIN: &str = "<!-- results of `make bench`: begin -->";
-const END: &str = "<!-- results of `make bench`: end -->";
+use crate::markdown::{as_f64, bytes, header, percentile, row, thousands, time};
+use crate::measure::{LOAD_BALANCER_FIREWALL, Measurement, Proxy, What};
+use crate::objects::Objects;
 
 /// The raw data: JSON with one measurement a line, so that a change of it can be read.
 ///
@@ -28,20 +26,6 @@ pub fn raw(results: &Results) -> Result<String> {
     }
     text.push_str("\n]\n}\n");
     Ok(text)
-}
-
-/// Puts `results` between the markers in `file`.
-///
-/// # Errors
-/// When the file or the markers are not there.
-pub fn replace(file: &Path, results: &str) -> Result<()> {
-    let text =
-        std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
-    let missing = || format!("{} has no line {BEGIN} before a line {END}", file.display());
-    let (before, rest) = text.split_once(BEGIN).with_context(missing)?;
-    let (_, after) = rest.split_once(END).with_context(missing)?;
-    std::fs::write(file, format!("{before}{BEGIN}\n\n{results}\n{END}{after}"))
-        .with_context(|| format!("cannot write {}", file.display()))
 }
 
 /// That the number of chains and rules does not depend on the number of Services.
@@ -388,16 +372,6 @@ fn size(size: Size) -> String {
     text
 }
 
-fn header(out: &mut String, cells: &[&str]) {
-    let cells: Vec<String> = cells.iter().map(|cell| (*cell).to_owned()).collect();
-    row(out, &cells);
-    row(out, &cells.iter().map(|_| "---".to_owned()).collect::<Vec<_>>());
-}
-
-fn row(out: &mut String, cells: &[String]) {
-    let _ = writeln!(out, "| {} |", cells.join(" | "));
-}
-
 fn median(seconds: &[f64]) -> String {
     percentile(seconds, 0.5).map(time).unwrap_or_default()
 }
@@ -407,49 +381,10 @@ fn spread(seconds: &[f64]) -> String {
     ends.map(|(least, most)| format!("{} - {}", time(least), time(most))).unwrap_or_default()
 }
 
-/// Three digits and a unit.
-fn time(seconds: f64) -> String {
-    match seconds {
-        s if s >= 99.95 => format!("{s:.0} s"),
-        s if s >= 9.995 => format!("{s:.1} s"),
-        s if s >= 0.9995 => format!("{s:.2} s"),
-        s if s >= 0.009_995 => format!("{:.0} ms", s * 1e3),
-        s if s >= 0.000_999_5 => format!("{:.1} ms", s * 1e3),
-        s => format!("{:.2} ms", s * 1e3),
-    }
-}
-
-fn bytes(bytes: usize) -> String {
-    match as_f64(bytes) {
-        0.0 => String::new(),
-        b if b < 1e3 => format!("{b:.0} B"),
-        b if b < 1e6 => format!("{:.1} kB", b / 1e3),
-        b => format!("{:.1} MB", b / 1e6),
-    }
-}
-
 fn range(operations: &[usize]) -> String {
     match (operations.iter().min(), operations.iter().max()) {
         (Some(least), Some(most)) if least == most => thousands(*least),
         (Some(least), Some(most)) => format!("{} - {}", thousands(*least), thousands(*most)),
         _ => String::new(),
     }
-}
-
-/// `44125` as `44,125`.
-fn thousands(number: usize) -> String {
-    let digits = number.to_string();
-    let mut text = String::new();
-    for (index, digit) in digits.chars().enumerate() {
-        if index > 0 && (digits.len() - index).is_multiple_of(3) {
-            text.push(',');
-        }
-        text.push(digit);
-    }
-    text
-}
-
-#[expect(clippy::cast_precision_loss)]
-fn as_f64(number: usize) -> f64 {
-    number as f64
 }

@@ -124,7 +124,7 @@ pub struct Committer {
 /// What the thread is asked to do.
 #[derive(Debug)]
 enum Request {
-    Adopt(NodeContext, Vec<ServicePlan>, oneshot::Sender<Result<Adoption, CommitError>>),
+    Adopt(NodeContext, Vec<Arc<ServicePlan>>, oneshot::Sender<Result<Adoption, CommitError>>),
     Change(Change, oneshot::Sender<Result<(), CommitError>>),
     RetryRefused,
     LookAfter,
@@ -167,7 +167,7 @@ impl Committer {
     pub async fn adopt(
         &self,
         node: NodeContext,
-        plans: Vec<ServicePlan>,
+        plans: Vec<Arc<ServicePlan>>,
     ) -> Result<Adoption, CommitError> {
         answered(self.ask(|reply| Request::Adopt(node, plans, reply))).await?
     }

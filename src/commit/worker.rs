@@ -124,13 +124,13 @@ impl Worker {
     pub fn adopt(
         &mut self,
         node: &NodeContext,
-        plans: Vec<ServicePlan>,
+        plans: Vec<impl Into<Arc<ServicePlan>>>,
     ) -> Result<Adoption, CommitError> {
         self.desired = Desired::default();
         self.node = Contribution::node(node);
         for plan in plans {
-            let service = plan.service().clone();
-            self.desired.set(&service, Some(plan));
+            let plan: Arc<ServicePlan> = plan.into();
+            self.desired.set_shared(&plan.service().clone(), Some(plan));
         }
         let adoption = self.resync().map_err(|error| CommitError::Kernel(Arc::new(error)))?;
         for subject in self.subjects() {

@@ -51,6 +51,15 @@ impl Desired {
         service: &ServiceName,
         plan: Option<ServicePlan>,
     ) -> BTreeSet<ServiceName> {
+        self.set_shared(service, plan.map(Arc::new))
+    }
+
+    /// [`Desired::set`] for a plan that is shared already.
+    pub(crate) fn set_shared(
+        &mut self,
+        service: &ServiceName,
+        plan: Option<Arc<ServicePlan>>,
+    ) -> BTreeSet<ServiceName> {
         let mut touched = BTreeSet::from([service.clone()]);
         if let Some(old) = self.plans.remove(service) {
             for claim in old.claims().collect::<BTreeSet<_>>() {
@@ -62,7 +71,7 @@ impl Desired {
             for claim in plan.claims().collect::<BTreeSet<_>>() {
                 self.acquire(claim, Claimant::of(&plan, claim), &mut touched);
             }
-            self.plans.insert(service.clone(), Arc::new(plan));
+            self.plans.insert(service.clone(), plan);
         }
         touched
     }
@@ -100,7 +109,8 @@ impl Desired {
     }
 
     fn acquire(&mut self, claim: Claim, who: Claimant, touched: &mut BTreeSet<ServiceName>) {
-        let claimants = self.claims.entry(claim).or_default();
+        // Hardly ever is there more than one.
+        let claimants = self.claims.entry(claim).or_insert_with(|| Vec::with_capacity(1));
         let place = claimants.partition_point(|other| *other < who);
         if place == 0 {
             // The one who had it, and all who are told that somebody has it.

@@ -27,7 +27,9 @@ pub fn plan_service<'a>(
     diagnostics.extend(slices.iter().flat_map(|slice| slice.diagnostics.iter().cloned()));
     diagnostics.sort();
 
-    let mut pools = Vec::new();
+    // Exactly as long as needed, as every list that is kept for each Service: most have one entry,
+    // and a list that grows has room for four.
+    let mut pools = Vec::with_capacity(service.ports.len() * service.cluster_ips.len());
     let mut ready_here: BTreeMap<Family, BTreeSet<IpAddr>> =
         { service.cluster_ips.iter() }.map(|ip| (Family::of(*ip), BTreeSet::new())).collect();
     for port in &service.ports {

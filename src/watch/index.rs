@@ -20,10 +20,12 @@ use super::{Options, lower};
 #[derive(Clone, Debug)]
 pub struct Index {
     context: NodeContext,
-    services: BTreeMap<ServiceName, Service>,
-    slices: HashMap<SliceName, EndpointSlice>,
-    /// The slices of each Service, be there such a Service or not. No entry is empty.
-    slices_of: HashMap<ServiceName, BTreeSet<SliceName>>,
+    // Boxes, because a third of the places in either are empty.
+    services: BTreeMap<ServiceName, Box<Service>>,
+    slices: HashMap<SliceName, Box<EndpointSlice>>,
+    /// The slices of each Service, sorted, be there such a Service or not. No entry is empty. A list
+    /// and not a set: most have one slice, and the smallest set has room for eleven.
+    slices_of: HashMap<ServiceName, Vec<SliceName>>,
     service_cidrs: BTreeMap<Arc<str>, ServiceCidr>,
     /// As [`Options::external_ips`].
     external_ips: bool,
@@ -59,11 +61,16 @@ impl Index {
         {
             withhold_external_ips(service);
         }
-        if self.services.get(name) == service.as_ref() {
+        if self.services.get(name).map(Box::as_ref) == service.as_ref() {
             return false;
         }
         match service {
-            Some(service) => self.services.insert(name.clone(), service),
+            Some(mut service) => {
+                // One copy of the name: that of the slices, where there are some.
+                let known = self.slices_of.get_key_value(name);
+                service.name = known.map_or(name, |(name, _)| name).clone();
+                self.services.insert(service.name.clone(), Box::new(service))
+            }
             None => self.services.remove(name),
         };
         true
@@ -78,23 +85,31 @@ impl Index {
         slice: Option<EndpointSlice>,
     ) -> BTreeSet<ServiceName> {
         debug_assert!(slice.as_ref().is_none_or(|slice| &slice.name == name));
-        if self.slices.get(name) == slice.as_ref() {
+        if self.slices.get(name).map(Box::as_ref) == slice.as_ref() {
             return BTreeSet::new();
         }
         let mut owners = BTreeSet::new();
         if let Some(old) = self.slices.remove(name) {
             if let Some(slices) = self.slices_of.get_mut(&old.service) {
-                slices.remove(name);
+                if let Ok(place) = slices.binary_search(name) {
+                    slices.remove(place);
+                }
                 if slices.is_empty() {
                     self.slices_of.remove(&old.service);
                 }
             }
             owners.insert(old.service);
         }
-        if let Some(slice) = slice {
-            self.slices_of.entry(slice.service.clone()).or_default().insert(name.clone());
+        if let Some(mut slice) = slice {
+            // One copy of the name.
+            slice.name = name.clone();
+            let slices = self.slices_of.entry(slice.service.clone());
+            let slices = slices.or_insert_with(|| Vec::with_capacity(1));
+            if let Err(place) = slices.binary_search(name) {
+                slices.insert(place, name.clone());
+            }
             owners.insert(slice.service.clone());
-            self.slices.insert(name.clone(), slice);
+            self.slices.insert(name.clone(), Box::new(slice));
         }
         owners.retain(|service| self.services.contains_key(service));
         owners
@@ -153,13 +168,13 @@ impl Index {
 
     /// All Services, by name.
     pub fn services(&self) -> impl Iterator<Item = &Service> {
-        self.services.values()
+        self.services.values().map(Box::as_ref)
     }
 
     /// The slices of one Service, by name.
     pub fn slices_of(&self, service: &ServiceName) -> impl Iterator<Item = &EndpointSlice> {
         let names = self.slices_of.get(service).into_iter().flatten();
-        names.filter_map(|name| self.slices.get(name))
+        names.filter_map(|name| self.slices.get(name).map(Box::as_ref))
     }
 
     /// What is to be done for one Service; `None` where there is no such Service.

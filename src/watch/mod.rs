@@ -80,7 +80,7 @@ async fn tend(committer: &Committer) -> Infallible {
 /// The first commit, of everything that a source has found.
 async fn adopt(
     node: NodeContext,
-    plans: Vec<ServicePlan>,
+    plans: Vec<Arc<ServicePlan>>,
     committer: &Committer,
     reporter: &Reporter,
 ) -> Result<(), CommitError> {

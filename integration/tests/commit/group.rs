@@ -33,7 +33,7 @@ fn many_who_wait_share_a_transaction() -> Result<()> {
             results
         };
         // All of them come while the thread is busy with the first.
-        let adoption = committer.adopt(node(NODE_PORTS_AT)?, vec![web(250, &[1]).plan()]);
+        let adoption = committer.adopt(node(NODE_PORTS_AT)?, vec![web(250, &[1]).plan().into()]);
         let (adoption, results) = tokio::join!(adoption, everybody);
         adoption?;
         anyhow::Ok(results)

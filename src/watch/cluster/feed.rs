@@ -234,6 +234,9 @@ fn is_missing(error: &watcher::Error) -> bool {
 pub(super) fn prune(object: &mut core::Service) {
     let metadata = &mut object.metadata;
     metadata.managed_fields = None;
+    // The watcher has read it; the store keeps it once more in its key.
+    metadata.resource_version = None;
+    metadata.uid = None;
     metadata.owner_references = None;
     metadata.finalizers = None;
     if let Some(annotations) = &mut metadata.annotations {
@@ -244,6 +247,22 @@ pub(super) fn prune(object: &mut core::Service) {
     }
     if let Some(spec) = &mut object.spec {
         spec.selector = None;
+        spec.ip_family_policy = None;
+        if spec.cluster_ips.as_ref().is_some_and(|all| !all.is_empty()) {
+            spec.cluster_ip = None;
+        }
+        if spec.ip_families.as_ref().is_some_and(|all| all.len() < 2) {
+            spec.ip_families = None;
+        }
+        // What the API server fills in where nobody has said anything.
+        spec.type_.take_if(|kind| kind == "ClusterIP");
+        spec.session_affinity.take_if(|affinity| affinity == "None");
+        spec.internal_traffic_policy.take_if(|policy| policy == "Cluster");
+        for port in spec.ports.iter_mut().flatten() {
+            port.protocol.take_if(|protocol| protocol == "TCP");
+            port.target_port = None;
+            port.app_protocol = None;
+        }
     }
     if let Some(status) = &mut object.status {
         status.conditions = None;

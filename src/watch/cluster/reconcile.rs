@@ -88,14 +88,14 @@ impl Context {
     }
 
     /// What is to be adopted: everything in the store and in the index.
-    pub(super) fn everything(&self) -> (NodeContext, Vec<ServicePlan>) {
+    pub(super) fn everything(&self) -> (NodeContext, Vec<Arc<ServicePlan>>) {
         let mut state = self.state();
         for object in self.store.state() {
             let name = lower::service_name(&object);
             state.index.set_service(&name, lower::service(&object));
         }
         state.unsettled.clear();
-        (state.index.context().clone(), state.index.plans().collect())
+        (state.index.context().clone(), state.index.plans().map(Arc::new).collect())
     }
 
     /// Brings the kernel to what the store and the index hold of a Service, be that nothing.

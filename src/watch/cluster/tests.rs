@@ -301,14 +301,19 @@ fn stored_services_are_pruned() {
             "annotations": {"portcullis.dev/allowed-source-cidrs": "10.0.0.0/8",
                 "kubectl.kubernetes.io/last-applied-configuration": "{}"}},
         "spec": {"clusterIP": A, "type": "NodePort", "selector": {"app": "x"},
-            "externalTrafficPolicy": "Local", "ports": [{"port": 80, "nodePort": 30080}]},
+            "clusterIPs": [A], "ipFamilies": ["IPv4"], "ipFamilyPolicy": "SingleStack",
+            "sessionAffinity": "None", "internalTrafficPolicy": "Cluster",
+            "externalTrafficPolicy": "Local",
+            "ports": [{"port": 80, "protocol": "TCP", "nodePort": 30080, "targetPort": "http"}]},
         "status": {"loadBalancer": {"ingress": [{"ip": "192.0.2.1"}]}, "conditions": []},
     });
     let full: core::Service = serde_json::from_value(full).unwrap();
     let mut pruned = full.clone();
     prune(&mut pruned);
     let text = serde_json::to_string(&pruned).unwrap();
-    for gone in ["managedFields", "selector", "last-applied", "\"app\""] {
+    for gone in
+        ["managedFields", "selector", "last-applied", "\"app\"", "IPv4", "None", "targetPort"]
+    {
         assert!(!text.contains(gone), "{gone}: {text}");
     }
     // Nothing is missed.

@@ -81,7 +81,7 @@ fn weight(object: &discovery::EndpointSlice, findings: &mut Findings) -> u8 {
 
 fn ports(object: &discovery::EndpointSlice, findings: &mut Findings) -> Vec<SlicePort> {
     let mut seen = BTreeSet::new();
-    let mut ports = Vec::new();
+    let mut ports = Vec::with_capacity(object.ports.as_ref().map_or(0, Vec::len));
     for (index, entry) in object.ports.iter().flatten().enumerate() {
         // No port means "all ports" (KEP-752), which no Service port can be forwarded to.
         let Some(number) = entry.port.filter(|number| *number != 0) else { continue };
@@ -114,7 +114,7 @@ fn endpoints(
     let mut nodes: BTreeMap<&str, Arc<str>> = BTreeMap::new();
     let mut hints = SharedHints::default();
     let weight = weight(object, findings);
-    let mut endpoints = Vec::new();
+    let mut endpoints = Vec::with_capacity(object.endpoints.as_ref().map_or(0, Vec::len));
     for (index, entry) in object.endpoints.iter().flatten().enumerate() {
         let Some(text) = entry.addresses.first() else {
             let message = "an endpoint needs an address; left out";

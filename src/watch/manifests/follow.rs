@@ -46,7 +46,7 @@ pub async fn run(
     follower.first_look().await?;
     reporter.manifests(follower.directory().diagnostics());
     let index = follower.directory().index();
-    let (node, plans) = (index.context().clone(), index.plans().collect());
+    let (node, plans) = (index.context().clone(), index.plans().map(Arc::new).collect());
     watch::adopt(node, plans, &committer, &reporter).await.map_err(Error::Commit)?;
 
     let mut tend = pin!(watch::tend(&committer));

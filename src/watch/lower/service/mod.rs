@@ -176,7 +176,7 @@ fn ports(
     let mut names = BTreeSet::new();
     let mut numbers = BTreeSet::new();
     let mut node_ports = BTreeSet::new();
-    let mut ports = Vec::new();
+    let mut ports = Vec::with_capacity(spec.ports.as_ref().map_or(0, Vec::len));
     for (index, entry) in spec.ports.iter().flatten().enumerate() {
         let field = |name: &str| format!("spec.ports[{index}].{name}");
         let written = WrittenPort {

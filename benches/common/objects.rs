@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 use netlink_sys::protocols::NETLINK_NETFILTER;
 use netlink_sys::{Socket, SocketAddr};
 
-use crate::measure::Objects;
+use serde::{Deserialize, Serialize};
 
 // include/uapi/linux/netfilter/nf_tables.h: what to ask for, and what comes
 const CHAINS: (u8, u8) = (4, 3); // NFT_MSG_GETCHAIN, NFT_MSG_NEWCHAIN
@@ -20,6 +20,17 @@ const NLMSG_DONE: u16 = 3;
 const NLM_F_REQUEST_DUMP: u16 = 0x301;
 /// `struct nlmsghdr` and `struct nfgenmsg`.
 const HEADERS: u8 = 20;
+
+/// Objects in a table; elements are none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Objects {
+    /// Chains.
+    pub chains: usize,
+    /// Rules.
+    pub rules: usize,
+    /// Sets and maps, anonymous ones included.
+    pub sets: usize,
+}
 
 /// Counts the chains, rules, sets and maps of all tables in this network namespace; anonymous sets
 /// and maps are counted like others.

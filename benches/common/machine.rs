@@ -49,12 +49,13 @@ impl Machine {
     }
 }
 
-/// The most memory that this process ever had, in KiB.
+/// The most memory that a process (`self`, or a number) ever had, in KiB.
 ///
 /// # Errors
 /// When /proc does not tell.
-pub fn peak_kib() -> Result<u64> {
-    kib("/proc/self/status", "VmHWM").context("/proc/self/status has no VmHWM")
+pub fn peak_kib(process: &str) -> Result<u64> {
+    let file = format!("/proc/{process}/status");
+    kib(&file, "VmHWM").with_context(|| format!("{file} has no VmHWM"))
 }
 
 fn kib(file: &str, name: &str) -> Option<u64> {
