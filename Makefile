@@ -7,13 +7,14 @@ CARGO ?= cargo
 INSTALL ?=
 PREPARE := integration/prepare.sh $(if $(INSTALL),--install)
 ARCH ?=
+CLUSTERS ?=
 BENCH_ARGS ?= --json docs/benchmarks/ruleset.json --markdown docs/benchmarks.md
 
 .DEFAULT_GOAL := help
-.PHONY: help build image demo test unit lint fmt bench deny clean
+.PHONY: help build image demo test kind-image kind-test unit lint fmt bench deny clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: ## Build the release binary: target/release/portcullis
 	$(CARGO) build --locked --release --bin portcullis
@@ -30,6 +31,14 @@ demo: ## Show allowed and refused clients on a NodePort, in network namespaces; 
 test: ## Run every test: unit, golden, laws, real kernel, real API server (root)
 	@$(PREPARE) test
 	$(CARGO) test --locked --workspace
+
+kind-image: ## Make the image of a kind node, from Debian packages and Go modules (root)
+	@$(PREPARE) kind
+	@integration/kind/engine.sh integration/kind/image.sh
+
+kind-test: ## Test image and manifests on clusters of kind; CLUSTERS="ipv4 dual takeover", KEEP=1 (root)
+	@$(PREPARE) kind
+	@integration/kind/engine.sh integration/kind/test.sh $(CLUSTERS)
 
 unit: ## Run the tests that need no root: unit, golden and laws
 	$(CARGO) test --locked --package portcullis

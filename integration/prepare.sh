@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# prepare.sh [--install] image|demo|test|bench|lint
+# prepare.sh [--install] image|demo|test|kind|bench|lint
 #
 # Checks that this machine has what a make target needs and says plainly what is missing. With
 # --install, or in CI (CI=true), installs the missing packages with apt.
@@ -11,7 +11,7 @@ if [ "${1:-}" = --install ]; then
   install=yes
   shift
 fi
-target=${1:?usage: prepare.sh [--install] image|demo|test|bench|lint}
+target=${1:?usage: prepare.sh [--install] image|demo|test|kind|bench|lint}
 
 # Rust as of rust-version in Cargo.toml.
 rust_wanted=1.91
@@ -57,6 +57,11 @@ case $target in
   demo | bench) need_root; need_rust; need nft nftables; need ip iproute2 ;;
   test) need_root; need_rust; need nft nftables; need ip iproute2; need iptables iptables; need setcap libcap2-bin; need_go ;;
   image) need_rust; need python3 python3; need readelf binutils ;;
+  kind)
+    need_root; need_rust; need python3 python3; need readelf binutils; need debootstrap debootstrap
+    command -v docker >/dev/null || packages+=(docker.io)
+    command -v go >/dev/null || problems+=("no Go: a cluster is built from Go modules")
+    ;;
   lint) need_rust; need_lints; need git git; need shellcheck shellcheck ;;
   *) echo "prepare.sh: no such target: $target" >&2; exit 2 ;;
 esac
