@@ -149,7 +149,9 @@ fn set(
 type Sockets = HashMap<(Protocol, u16), BTreeSet<SocketAddr>>;
 
 fn sockets_at(node: &NodeContext) -> Sockets {
-    let cidrs = Family::ALL.map(|family| node.nodeport_cidrs(family)).concat();
+    let cidrs = Family::ALL
+        .map(|family| [node.nodeport_cidrs(family), node.localhost_cidrs(family)].concat())
+        .concat();
     let own = own_addresses();
     let serves = |address: IpAddr| {
         let address = address.to_canonical();

@@ -63,7 +63,7 @@ impl Metrics {
             "kernel_time",
             "Time from handing transactions over to the kernel's answers",
             Unit::Seconds,
-            ConstGauge::new(totals.kernel_time.as_secs_f64()),
+            ConstCounter::new(totals.kernel_time.as_secs_f64()),
         );
         registry.register_with_unit(
             "commit_behind",

@@ -1,5 +1,5 @@
-//! Settings of the kernel's connection tracking, as kube-proxy makes them
-//! (`KubeProxyConntrackConfiguration`).
+//! Settings of the kernel: those of connection tracking as kube-proxy makes them
+//! (`KubeProxyConntrackConfiguration`), and what node ports at loopback addresses need.
 
 use std::fs;
 use std::io;
@@ -40,7 +40,7 @@ impl Default for Conntrack {
     }
 }
 
-/// Who tracks more than this does so on purpose (kube-proxy's bound, too).
+/// More than this is not asked for because of many CPUs (`maxLimit`).
 const MOST: u32 = 1 << 20;
 
 /// How a setting is brought to a value.
@@ -84,8 +84,14 @@ impl Conntrack {
         use How::{AtLeast, Exactly};
 
         let cpus = u32::try_from(cpus).unwrap_or(u32::MAX);
-        let scaled = self.max_per_core.saturating_mul(cpus).min(MOST);
-        let max = if self.max_per_core == 0 { 0 } else { scaled.max(self.min) };
+        let scaled = self.max_per_core.saturating_mul(cpus);
+        // As `getConntrackMax` (pkg/proxy/conntrack/sysctls.go of Kubernetes v1.36.3): where the bound
+        // is passed, nobody looks at the minimum.
+        let max = match scaled {
+            0 => 0,
+            _ if scaled > MOST => MOST,
+            _ => scaled.max(self.min),
+        };
         let seconds = |time: Duration| time.as_secs();
         let all = [
             ("proc/sys/net/netfilter/nf_conntrack_max", max.into(), AtLeast),
@@ -115,6 +121,15 @@ impl Conntrack {
         ];
         let wanted = all.into_iter().filter(|(_, value, _)| *value > 0);
         wanted.map(|(file, value, how)| Setting { file, value, how }).collect()
+    }
+}
+
+/// Lets packets with loopback addresses leave, which node ports at such addresses need.
+pub fn route_localnet() {
+    let file = "proc/sys/net/ipv4/conf/all/route_localnet";
+    let setting = Setting { file, value: 1, how: How::Exactly };
+    if let Err(error) = setting.apply(Path::new("/")) {
+        tracing::warn!(file, %error, "node ports are not served at loopback addresses");
     }
 }
 
@@ -166,7 +181,12 @@ mod tests {
             assert_eq!(max(default, cpus), Some(expected));
         }
         assert_eq!(max(Conntrack { max_per_core: 0, ..default }, 8), None);
-        assert_eq!(max(Conntrack { min: 2 << 20, ..default }, 64), Some(2 << 20));
+        // As with kube-proxy, a minimum above the bound counts only where CPUs are few.
+        for (cpus, expected) in [(1, 2 << 20), (32, 2 << 20), (33, 1 << 20)] {
+            assert_eq!(max(Conntrack { min: 2 << 20, ..default }, cpus), Some(expected));
+        }
+        let huge = Conntrack { max_per_core: u32::MAX, ..default };
+        assert_eq!(max(huge, 64), Some(1 << 20));
         let liberal = Conntrack { tcp_be_liberal: true, udp: Duration::from_secs(9), ..default };
         let more: Vec<_> =
             liberal.settings(1).into_iter().skip(4).map(|s| (s.value, s.how)).collect();

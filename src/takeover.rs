@@ -5,120 +5,255 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
+use std::fs;
 use std::io::{self, Write as _};
 use std::process::{Command, Stdio};
 
+use nix::net::if_::if_nametoindex;
 use thiserror::Error;
 
 use crate::model::Family;
-use crate::netlink::{self, Batch, Socket};
+use crate::netlink::{self, Batch, Chain, Socket};
 
 /// kube-proxy's nftables table, in both families.
 const TABLE: &str = "kube-proxy";
 /// The interface that holds the addresses of Services in IPVS mode.
 const IPVS_INTERFACE: &str = "kube-ipvs0";
+/// Chains that kube-proxy has in the modes iptables and IPVS, each behind its table.
+const MAIN_CHAINS: [(&str, &str); 2] = [("nat", "KUBE-SERVICES"), ("filter", "KUBE-FORWARD")];
+
+/// What came of removing everything.
+#[derive(Debug, Default)]
+pub struct Outcome {
+    /// Each thing that was removed.
+    pub removed: Vec<String>,
+    /// What was not looked at, and what stays on purpose.
+    pub notes: Vec<String>,
+    /// What could not be removed.
+    pub errors: Vec<Error>,
+}
 
 /// Why something could not be removed.
 #[derive(Debug, Error)]
 pub enum Error {
-    /// The kernel did not list or delete a table.
-    #[error("kube-proxy's nftables tables")]
-    Netlink(#[source] netlink::Error),
+    /// The kernel did not do it.
+    #[error("cannot {action}")]
+    Netlink {
+        /// What was to be done.
+        action: String,
+        /// What became of it.
+        #[source]
+        source: netlink::Error,
+    },
     /// A program failed.
-    #[error("{program}: {reason}")]
+    #[error("cannot {action}: {program}: {reason}")]
     Program {
+        /// What was to be done.
+        action: String,
         /// Which one.
         program: String,
         /// What it said.
         reason: String,
     },
+    /// A program is not there.
+    #[error("cannot {action}: not installed: {program}")]
+    Missing {
+        /// What was to be done.
+        action: String,
+        /// Which one.
+        program: String,
+    },
 }
 
-/// Removes everything. Gives a line for each thing that was removed; none if nothing was there.
-///
-/// # Errors
-/// At the first thing that could not be removed; what came before stays removed.
-pub fn remove_leftovers() -> Result<Vec<String>, Error> {
-    let mut removed = Vec::new();
-    remove_tables(&mut removed)?;
-    for family in ["iptables", "ip6tables"] {
-        // Rules may stand in both, from before and after a change of the node's image.
-        for variant in ["nft", "legacy"] {
-            remove_iptables(&format!("{family}-{variant}"), &mut removed)?;
+/// Removes everything. What cannot be removed holds nothing else up.
+pub fn remove_leftovers() -> Outcome {
+    let mut outcome = Outcome::default();
+    match Socket::open() {
+        Ok(mut socket) => {
+            remove_tables(&mut socket, &mut outcome);
+            remove_nft_chains(&mut socket, &mut outcome);
+        }
+        Err(source) => {
+            let action = "look for kube-proxy's tables".to_owned();
+            outcome.errors.push(Error::Netlink { action, source });
         }
     }
-    remove_ipvs(&mut removed)?;
-    Ok(removed)
+    remove_legacy_chains(&mut outcome);
+    remove_ipvs(&mut outcome);
+    outcome
 }
 
-fn remove_tables(removed: &mut Vec<String>) -> Result<(), Error> {
-    let mut socket = Socket::open().map_err(Error::Netlink)?;
+fn remove_tables(socket: &mut Socket, outcome: &mut Outcome) {
     for (family, name) in [(Family::V4, "ip"), (Family::V6, "ip6")] {
-        let mut batch = Batch::new(TABLE);
-        batch.delete_other_table(family, TABLE);
+        let table = format!("table {name} {TABLE}");
+        let mut batch = Batch::of_family(family, TABLE);
+        batch.delete_table();
         match socket.commit(batch) {
-            Ok(()) => removed.push(format!("table {name} {TABLE}")),
+            Ok(()) => outcome.removed.push(table),
             Err(netlink::Error::Refused(refusals))
                 if refusals.iter().all(|r| r.error.kind() == io::ErrorKind::NotFound) => {}
-            Err(error) => return Err(Error::Netlink(error)),
+            Err(source) => {
+                outcome.errors.push(Error::Netlink { action: format!("delete {table}"), source });
+            }
+        }
+    }
+}
+
+/// Removes the chains that iptables keeps in nf_tables.
+fn remove_nft_chains(socket: &mut Socket, outcome: &mut Outcome) {
+    let missing: Vec<String> = { Family::ALL.into_iter() }
+        .filter_map(|family| {
+            let missing = remove_chains(&iptables(family, "nft"), outcome).err()?;
+            let mut chains = MAIN_CHAINS.into_iter();
+            chains.any(|(table, chain)| has_chain(socket, family, table, chain)).then_some(missing)
+        })
+        .collect();
+    if !missing.is_empty() {
+        let (action, program) = ("remove kube-proxy's chains".to_owned(), missing.join(", "));
+        outcome.errors.push(Error::Missing { action, program });
+    }
+}
+
+/// Removes the chains that iptables keeps in tables of its own; rules may stand there, too, from
+/// before a change of the node's image.
+fn remove_legacy_chains(outcome: &mut Outcome) {
+    for family in Family::ALL {
+        let Err(missing) = remove_chains(&iptables(family, "legacy"), outcome) else { continue };
+        let file = match family {
+            Family::V4 => "/proc/net/ip_tables_names",
+            Family::V6 => "/proc/net/ip6_tables_names",
+        };
+        // Not there without the kernel's part of it.
+        let tables = fs::read_to_string(file).unwrap_or_default();
+        let tables: Vec<&str> = tables.lines().collect();
+        if !tables.is_empty() {
+            outcome.notes.push(format!(
+                "not looked at: tables of {} ({}), because {missing} is not installed",
+                iptables(family, "legacy"),
+                tables.join(", ")
+            ));
+        }
+    }
+}
+
+fn iptables(family: Family, variant: &str) -> String {
+    match family {
+        Family::V4 => format!("iptables-{variant}"),
+        Family::V6 => format!("ip6tables-{variant}"),
+    }
+}
+
+/// Removes the chains that `iptables` (`iptables-nft` ...) knows.
+///
+/// # Errors
+/// Gives the program that it takes to know them, if that is not installed.
+fn remove_chains(iptables: &str, outcome: &mut Outcome) -> Result<(), String> {
+    let save = format!("{iptables}-save");
+    let saved = match run(&format!("list chains of {iptables}"), &save, &[], None) {
+        Ok(saved) => saved,
+        Err(Error::Missing { program, .. }) => return Err(program),
+        Err(error) => {
+            outcome.errors.push(error);
+            return Ok(());
+        }
+    };
+    for (table, removal) in removals(&saved) {
+        let action = format!("remove kube-proxy's chains from {iptables} table {table}");
+        // A lock that another program holds is waited for.
+        let arguments = ["--noflush", "--wait=5"];
+        match run(&action, &format!("{iptables}-restore"), &arguments, Some(&removal.script)) {
+            Ok(_) => {
+                let Removal { chains, rules, .. } = removal;
+                let what = format!("{iptables} table {table}: {chains} chains, {rules} rules");
+                outcome.removed.push(what);
+            }
+            Err(error) => outcome.errors.push(error),
         }
     }
     Ok(())
 }
 
-/// Removes the chains that `program` (`iptables-nft` ...) knows, if it is installed.
-fn remove_iptables(program: &str, removed: &mut Vec<String>) -> Result<(), Error> {
-    let Some(saved) = run(&format!("{program}-save"), &[], None)? else { return Ok(()) };
-    for (table, removal) in removals(&saved) {
-        // A lock that another program holds is waited for.
-        run(&format!("{program}-restore"), &["--noflush", "--wait=5"], Some(&removal.script))?;
-        let Removal { chains, rules, .. } = removal;
-        removed.push(format!("{program} table {table}: {chains} chains, {rules} rules"));
+/// Whether there is such a chain. To be told by a transaction that makes it twice: it never
+/// happens, and its first half is refused only if the chain is there already.
+fn has_chain(socket: &mut Socket, family: Family, table: &str, name: &str) -> bool {
+    let mut batch = Batch::of_family(family, table);
+    for half in 0..2 {
+        batch.set_tag(half);
+        batch.add_chain(&Chain { name, hooked: None, comment: None });
     }
-    Ok(())
+    let Err(netlink::Error::Refused(refusals)) = socket.commit(batch) else { return false };
+    let is_there = io::ErrorKind::AlreadyExists;
+    refusals.iter().any(|refusal| refusal.tag == Some(0) && refusal.error.kind() == is_there)
 }
 
-fn remove_ipvs(removed: &mut Vec<String>) -> Result<(), Error> {
-    let is_there = std::path::Path::new("/sys/class/net").join(IPVS_INTERFACE).exists();
-    if !is_there {
-        return Ok(());
+fn remove_ipvs(outcome: &mut Outcome) {
+    if if_nametoindex(IPVS_INTERFACE).is_err() {
+        return;
     }
+    let before = outcome.errors.len();
     // As kube-proxy's own cleanup: it takes all virtual servers for its own.
-    if run("ipvsadm", &["--clear"], None)?.is_some() {
-        removed.push("IPVS virtual servers".to_owned());
+    match run("delete the virtual servers of IPVS", "ipvsadm", &["--clear"], None) {
+        Ok(_) => outcome.removed.push("IPVS virtual servers".to_owned()),
+        Err(error) => outcome.errors.push(error),
     }
-    if run("ip", &["link", "delete", IPVS_INTERFACE], None)?.is_some() {
-        removed.push(format!("interface {IPVS_INTERFACE}"));
+    match run("list ipsets", "ipset", &["list", "-name"], None) {
+        Ok(sets) => {
+            for set in sets.lines().filter(|set| set.starts_with("KUBE-")) {
+                let set_named = format!("ipset {set}");
+                match run(&format!("delete {set_named}"), "ipset", &["destroy", set], None) {
+                    Ok(_) => outcome.removed.push(set_named),
+                    Err(error) => outcome.errors.push(error),
+                }
+            }
+        }
+        Err(error) => outcome.errors.push(error),
     }
-    let sets = run("ipset", &["list", "-name"], None)?.unwrap_or_default();
-    for set in sets.lines().filter(|set| set.starts_with("KUBE-")) {
-        run("ipset", &["destroy", set], None)?;
-        removed.push(format!("ipset {set}"));
+    let interface = format!("interface {IPVS_INTERFACE}");
+    // It goes last: by it the next attempt knows that there is something to do.
+    if outcome.errors.len() > before {
+        outcome.notes.push(format!("{interface} stays until the rest of IPVS is gone"));
+        return;
     }
-    Ok(())
+    let action = format!("delete {interface}");
+    match run(&action, "ip", &["link", "delete", IPVS_INTERFACE], None) {
+        Ok(_) => outcome.removed.push(interface),
+        Err(error) => outcome.errors.push(error),
+    }
 }
 
-/// The output of a program; `None` where it is not installed.
-fn run(program: &str, arguments: &[&str], input: Option<&str>) -> Result<Option<String>, Error> {
-    let failed = |reason: String| Error::Program { program: program.to_owned(), reason };
-    let mut command = Command::new(program);
+/// The output of a program, which is run to do `action`.
+fn run(
+    action: &str,
+    program: &str,
+    arguments: &[&str],
+    input: Option<&str>,
+) -> Result<String, Error> {
+    let (action, program) = (action.to_owned(), program.to_owned());
+    let mut command = Command::new(&program);
     command.args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped());
     command.stdin(if input.is_some() { Stdio::piped() } else { Stdio::null() });
-    let mut child = match command.spawn() {
-        Ok(child) => child,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(failed(error.to_string())),
+    let output = command.spawn().and_then(|mut child| {
+        if let (Some(input), Some(mut stdin)) = (input, child.stdin.take()) {
+            // If it does not read, it says why.
+            let _ = stdin.write_all(input.as_bytes());
+        }
+        child.wait_with_output()
+    });
+    let reason = match output {
+        Ok(output) if output.status.success() => {
+            return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
+        }
+        Ok(output) => {
+            let said = String::from_utf8_lossy(&output.stderr);
+            let said: Vec<&str> = said.split_whitespace().collect();
+            format!("{}: {}", output.status, said.join(" "))
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return Err(Error::Missing { action, program });
+        }
+        Err(error) => error.to_string(),
     };
-    if let (Some(input), Some(mut stdin)) = (input, child.stdin.take()) {
-        // If it does not read, it says why.
-        let _ = stdin.write_all(input.as_bytes());
-    }
-    let output = child.wait_with_output().map_err(|error| failed(error.to_string()))?;
-    if !output.status.success() {
-        let said = String::from_utf8_lossy(&output.stderr);
-        return Err(failed(format!("{}: {}", output.status, said.trim())));
-    }
-    Ok(Some(String::from_utf8_lossy(&output.stdout).into_owned()))
+    Err(Error::Program { action, program, reason })
 }
 
 /// What `iptables-restore --noflush` is to do with one table.
@@ -130,7 +265,7 @@ struct Removal {
 }
 
 /// What is kube-proxy's in a listing by `iptables-save`, by table. A chain that somebody else's
-/// chain leads to stays (old CNI plugins use `KUBE-MARK-MASQ`).
+/// chain leads to stays (old CNI plugins use `KUBE-MARK-MASQ`), with all that it leads to itself.
 fn removals(saved: &str) -> BTreeMap<String, Removal> {
     let mut tables: BTreeMap<String, Vec<&str>> = BTreeMap::new();
     let mut current = None;
@@ -152,21 +287,29 @@ fn removals(saved: &str) -> BTreeMap<String, Removal> {
 fn removal(table: &str, lines: &[&str]) -> Option<Removal> {
     let names = lines.iter().filter_map(|line| line.strip_prefix(':')?.split(' ').next());
     let mut chains: BTreeSet<&str> = names.filter(|name| is_kube_proxys(name)).collect();
-    let rules = || lines.iter().filter_map(|line| Some((*line, rule(line)?)));
-    let foreign: BTreeSet<&str> = rules()
-        .filter(|(_, (chain, _))| !is_built_in(chain) && !is_kube_proxys(chain))
-        .filter_map(|(_, (_, target))| target)
-        .collect();
-    chains.retain(|chain| !foreign.contains(chain));
+    let mut targets: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for (chain, target) in lines.iter().filter_map(|line| rule(line)) {
+        targets.entry(chain).or_default().extend(target);
+    }
+    let others = targets.iter().filter(|(chain, _)| !is_built_in(chain) && !is_kube_proxys(chain));
+    let mut wanted: Vec<&str> = others.flat_map(|(_, targets)| targets).copied().collect();
+    while let Some(chain) = wanted.pop() {
+        // The kernel deletes no chain that a rule leads to.
+        if chains.remove(chain) {
+            wanted.extend(targets.get(chain).into_iter().flatten());
+        }
+    }
     if chains.is_empty() {
         return None;
     }
     // Only what leads there: the rules of its own chains go with them.
-    let leading: Vec<&str> = rules()
-        .filter(|(_, (chain, _))| is_built_in(chain))
-        .filter(|(_, (_, target))| target.is_some_and(|target| chains.contains(target)))
-        .map(|(line, _)| line)
-        .collect();
+    let leading = |line: &str| {
+        let leads = |(chain, target): (&str, Option<&str>)| {
+            is_built_in(chain) && target.is_some_and(|target| chains.contains(target))
+        };
+        rule(line).is_some_and(leads)
+    };
+    let leading: Vec<&str> = lines.iter().copied().filter(|line| leading(line)).collect();
     let mut script = format!("*{table}\n");
     for chain in &chains {
         let _ = writeln!(script, ":{chain} - [0:0]"); // makes it empty
@@ -196,9 +339,9 @@ fn is_built_in(chain: &str) -> bool {
     ["PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"].contains(&chain)
 }
 
-/// Whether a chain is one that kube-proxy makes (`pkg/proxy/iptables`, `pkg/proxy/ipvs`), and not
-/// the kubelet.
-fn is_kube_proxys(chain: &str) -> bool {
+/// Whether a chain of iptables is one that kube-proxy makes (`pkg/proxy/iptables`, `pkg/proxy/ipvs`),
+/// and not the kubelet.
+pub fn is_kube_proxys(chain: &str) -> bool {
     const NAMES: [&str; 13] = [
         "KUBE-EXTERNAL-SERVICES",
         "KUBE-FORWARD",
@@ -274,5 +417,42 @@ COMMIT
         );
         assert!(super::removals("*nat\n:PREROUTING ACCEPT [0:0]\nCOMMIT\n").is_empty());
         assert!(super::removals("").is_empty());
+    }
+
+    #[test]
+    fn what_somebody_else_leads_to_stays() {
+        let saved = "\
+*nat
+:PREROUTING ACCEPT [0:0]
+:CUSTOM - [0:0]
+:KUBE-MARK-MASQ - [0:0]
+:KUBE-NODEPORTS - [0:0]
+:KUBE-SEP-A - [0:0]
+:KUBE-SEP-B - [0:0]
+:KUBE-SERVICES - [0:0]
+:KUBE-SVC-A - [0:0]
+:KUBE-SVC-B - [0:0]
+-A PREROUTING -j KUBE-SERVICES
+-A PREROUTING -j CUSTOM
+-A PREROUTING -j KUBE-SVC-A
+-A CUSTOM -p tcp -g KUBE-SVC-A
+-A KUBE-SERVICES -j KUBE-SVC-A
+-A KUBE-SERVICES -j KUBE-SVC-B
+-A KUBE-SERVICES -j KUBE-NODEPORTS
+-A KUBE-SVC-A ! -s 10.244.0.0/16 -j KUBE-MARK-MASQ
+-A KUBE-SVC-A -j KUBE-SEP-A
+-A KUBE-SVC-B -j KUBE-SEP-B
+-A KUBE-SEP-A -j KUBE-MARK-MASQ
+-A KUBE-SEP-A -p tcp -j DNAT --to-destination 10.244.0.5:80
+-A KUBE-SEP-B -j KUBE-MARK-MASQ
+-A KUBE-MARK-MASQ -j MARK --set-xmark 0x4000/0x4000
+COMMIT
+";
+        assert_eq!(
+            removals(saved)["nat"].script,
+            "*nat\n:KUBE-NODEPORTS - [0:0]\n:KUBE-SEP-B - [0:0]\n:KUBE-SERVICES - [0:0]\n\
+             :KUBE-SVC-B - [0:0]\n-D PREROUTING -j KUBE-SERVICES\n\
+             -X KUBE-NODEPORTS\n-X KUBE-SEP-B\n-X KUBE-SERVICES\n-X KUBE-SVC-B\nCOMMIT\n"
+        );
     }
 }

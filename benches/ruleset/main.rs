@@ -50,7 +50,7 @@ struct Options {
     /// How many changes of each kind are timed
     #[arg(long, value_name = "N", default_value_t = 300, value_parser = clap::value_parser!(u16).range(1..))]
     changes: u16,
-    /// Measure only what has this in its name, such as cold-load
+    /// Measure only what has this in its name, such as cold-load or mixed
     #[arg(long, value_name = "TEXT")]
     only: Option<String>,
     /// Measure only clusters of this many Services
@@ -81,7 +81,8 @@ struct Results {
 const LIMIT: Duration = Duration::from_secs(15 * 60);
 /// The same at 44,125 Services in kube-proxy's shape.
 const LARGE_LIMIT: Duration = Duration::from_secs(60 * 60);
-/// How many changes of each kind the ruleset in kube-proxy's shape gets.
+/// How many changes of each kind the ruleset in kube-proxy's shape gets. In a mixed cluster each is
+/// of another kind of Service.
 const KUBE_PROXY_CHANGES: usize = 10;
 
 fn main() -> ExitCode {
@@ -143,8 +144,12 @@ fn measure(options: &Options) -> Result<Results> {
     for (job, repetitions) in jobs {
         for repetition in 1..=repetitions {
             eprintln!(
-                "{:?} {:?} {} x {} ({repetition} of {repetitions})",
-                job.proxy, job.what, job.size.services, job.size.endpoints,
+                "{:?} {:?} {} x {}{} ({repetition} of {repetitions})",
+                job.proxy,
+                job.what,
+                job.size.services,
+                job.size.endpoints,
+                if job.size.mixed { ", mixed" } else { "" },
             );
             let large = job.proxy == Proxy::KubeProxyShape && job.size.services > 10_000;
             let limit = if large { LARGE_LIMIT } else { LIMIT };
@@ -163,7 +168,8 @@ fn keep(results: &mut Results, new: Measurement) {
 }
 
 fn is_wanted(options: &Options, job: &Job) -> bool {
-    let name = format!("{:?} {:?}", job.proxy, job.what).to_lowercase();
+    let mixed = if job.size.mixed { "mixed" } else { "plain" };
+    let name = format!("{:?} {:?} {mixed}", job.proxy, job.what).to_lowercase();
     let only = options.only.as_ref().map(|only| only.replace('-', "").to_lowercase());
     only.is_none_or(|only| name.contains(&only))
         && options.services.is_none_or(|services| services == job.size.services)
@@ -182,9 +188,10 @@ fn jobs(options: &Options) -> Vec<(Job, usize)> {
     let job = |proxy, what, (services, endpoints), cidrs, changes| Job {
         proxy,
         what,
-        size: Size { services, endpoints, cidrs },
+        size: Size { services, endpoints, cidrs, mixed: false },
         changes,
     };
+    let mixed = |job: Job| Job { size: Size { mixed: true, ..job.size }, ..job };
 
     let mut jobs = Vec::new();
     for &size in loads {
@@ -208,6 +215,23 @@ fn jobs(options: &Options) -> Vec<(Job, usize)> {
         jobs.push((job(KubeProxyShape, What::ColdLoad, size, 0, 0), repetitions.min(3)));
         let changes = if options.quick { 3 } else { KUBE_PROXY_CHANGES };
         jobs.push((job(KubeProxyShape, What::ColdLoad, (size.0, 3), 0, changes), 1));
+    }
+    let loads = if options.quick { &[(1_000, 10)][..] } else { &loads[2..] };
+    // The smallest one says how many chains and rules there are.
+    jobs.push((mixed(job(Portcullis, What::ColdLoad, (10, 10), 0, 0)), 1));
+    for &size in loads {
+        jobs.push((mixed(job(Portcullis, What::ColdLoad, size, 0, 0)), repetitions));
+        jobs.push((mixed(job(Portcullis, What::Restart, size, 0, 0)), repetitions));
+        for what in
+            [What::EndpointReplaced, What::EndpointCount, What::ServiceAdded, What::ServiceRemoved]
+        {
+            jobs.push((mixed(job(Portcullis, what, (size.0, 3), 0, changes)), 1));
+        }
+    }
+    for &size in loads.iter().filter(|(services, _)| *services <= 10_000) {
+        jobs.push((mixed(job(KubeProxyShape, What::ColdLoad, size, 0, 0)), repetitions.min(3)));
+        let changes = KUBE_PROXY_CHANGES;
+        jobs.push((mixed(job(KubeProxyShape, What::ColdLoad, (size.0, 3), 0, changes)), 1));
     }
     if options.kube_proxy_large {
         jobs.push((job(KubeProxyShape, What::ColdLoad, (44_125, 3), 0, 3), 1));

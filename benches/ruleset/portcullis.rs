@@ -8,11 +8,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
 use portcullis::commit::{Change, Totals, Worker};
+use portcullis::model::{Family, SourceRestriction};
 
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, NODE_PORTS};
 use crate::isolation;
 use crate::machine::peak_kib;
-use crate::measure::{Job, Measurement, Outcome, Proxy, What};
+use crate::measure::{Job, LOAD_BALANCER_FIREWALL, Measurement, Objects, Outcome, Proxy, What};
 use crate::objects;
 
 /// How long the kernel may take to grow its hash tables in the background.
@@ -61,21 +62,18 @@ fn restart(job: &Job) -> Result<Outcome> {
 
 fn changes(job: &Job) -> Result<Outcome> {
     let mut cluster = Cluster::new(job.size);
-    // The first Service is never changed.
-    let first = 1;
     if job.what == What::EndpointCount {
-        cluster.slices[0].endpoints.pop();
+        for slice in &mut cluster.slices[..job.size.unchanged()] {
+            slice.endpoints.pop();
+        }
     }
     let mut subject = Measured::open()?;
     subject.adopt(&cluster, &mut Outcome::default())?;
 
     let mut outcome = Outcome::default();
-    let restricted =
-        if job.what == What::CidrAdded { crate::cluster::NODE_PORTS } else { usize::MAX };
-    let choices = job.size.services.min(restricted) - first;
+    let among = if job.what == What::CidrAdded { NODE_PORTS } else { usize::MAX };
     for turn in 0..job.changes {
-        // A prime that divides no number of choices: all over the cluster, each Service in turn.
-        let index = first + turn * 7_919 % choices;
+        let index = cluster.chosen(turn, among);
         change(job, index, &mut cluster, &mut subject, &mut outcome)?;
     }
     Ok(outcome)
@@ -89,22 +87,27 @@ fn change(
     outcome: &mut Outcome,
 ) -> Result<()> {
     let frontends = cluster.frontends(index);
-    let endpoints = job.size.endpoints;
-    // An endpoint on this node has an element of its own, for connections to itself.
-    let hairpins = usize::from(cluster.is_local(index));
+    // An endpoint on this node has an element of its own, for connections to itself; and where the
+    // policy is `Local`, one in a second list of each frontend.
+    let here = usize::from(cluster.is_local(index));
+    let listed_here = here * cluster.local_frontends(index);
     // Deleting and adding are one operation each.
     match job.what {
         What::EndpointReplaced => {
             cluster.replace_endpoint(index);
             subject.put(cluster, index, outcome)?;
-            let operations = 2 * frontends + hairpins;
+            let come = usize::from(cluster.is_local(index));
+            let operations = 2 * frontends + 2 * listed_here + here + come;
             expect(job, outcome, operations..=operations)
         }
         What::EndpointCount | What::EndpointCountAlone => {
             // With a Service's number of endpoints come and go its balancing chains, if nobody
             // else has as many: a chain and its rule for each kind of frontend.
             let chains = if job.what == What::EndpointCountAlone { frontends } else { 0 };
-            let (less, more) = (2 * chains + hairpins, chains + hairpins);
+            // If it was the only one here: the list of those here is led to another chain, and
+            // connections that find it empty are dropped.
+            let alone_here = 4 * listed_here;
+            let (less, more) = (2 * chains + here + alone_here, chains + here + alone_here);
             let slices = &mut cluster.slices[index].endpoints;
             let mut gone: VecDeque<_> = slices.drain(..1).collect();
             subject.put(cluster, index, outcome)?;
@@ -115,21 +118,18 @@ fn change(
             expect(job, outcome, 3 * frontends + more..=3 * frontends + more)
         }
         What::ServiceAdded | What::ServiceRemoved => {
-            let added = cluster.push();
-            let frontends = cluster.frontends(added);
-            let hairpins = usize::from(cluster.is_local(added));
-            // The ClusterIP; each frontend with its endpoints.
-            let operations = 1 + frontends * (1 + endpoints) + hairpins;
+            let added = cluster.push(index);
+            let (adds, removes) = operations_of(cluster, added);
             let mut apart = Outcome::default();
             let (on_add, on_remove) = match job.what {
                 What::ServiceAdded => (&mut *outcome, &mut apart),
                 _ => (&mut apart, &mut *outcome),
             };
             subject.put(cluster, added, on_add)?;
-            expect(job, on_add, operations..=operations)?;
+            expect(job, on_add, adds..=adds)?;
             let name = cluster.pop();
             subject.commit(on_remove, || Change::Service(name, None))?;
-            expect(job, on_remove, operations..=operations)
+            expect(job, on_remove, removes..=removes)
         }
         What::CidrAdded => {
             cluster.add_cidr(index);
@@ -138,6 +138,29 @@ fn change(
         }
         What::ColdLoad | What::Restart | What::Listing => unreachable!("no change"),
     }
+}
+
+/// How many operations it takes to add a Service, and to remove it.
+fn operations_of(cluster: &Cluster, index: usize) -> (usize, usize) {
+    let (frontends, local) = (cluster.frontends(index), cluster.local_frontends(index));
+    let (endpoints, here) =
+        (cluster.slices[index].endpoints.len(), usize::from(cluster.is_local(index)));
+    let service = &cluster.services[index];
+    // The ClusterIP; each frontend with its endpoints; endpoints here.
+    let mut elements = 1 + frontends * (1 + endpoints) + here;
+    // With the policy `Local`: where pods of this node go, and endpoints here or that there is none.
+    elements += local * (1 + here.max(1));
+    if service.session_affinity.is_some() {
+        elements += frontends;
+    }
+    let SourceRestriction::Allow(ranges) = &service.load_balancer_sources else {
+        return (elements, elements);
+    };
+    elements += service.load_balancer_ips.len();
+    let Objects { chains, rules, sets } = LOAD_BALANCER_FIREWALL;
+    let ranges = ranges.of_family(Family::V4).len();
+    // The rules go with the chain, and the ranges with their set.
+    (elements + chains + rules + sets + ranges, elements + chains + sets)
 }
 
 /// Performance without a clock: a change must cost what changed.

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use crate::Results;
 use crate::cluster::Size;
 use crate::machine::Machine;
-use crate::measure::{Measurement, Objects, Proxy, What, percentile};
+use crate::measure::{LOAD_BALANCER_FIREWALL, Measurement, Objects, Proxy, What, percentile};
 
 const BEGIN: &str = "<!-- results of `make bench`: begin -->";
 const END: &str = "<!-- results of `make bench`: end -->";
@@ -49,11 +49,31 @@ pub fn replace(file: &Path, results: &str) -> Result<()> {
 /// # Errors
 /// When it does.
 pub fn check_objects(measurements: &[Measurement]) -> Result<()> {
-    let loads = measurements.iter().filter(|m| m.proxy == Proxy::Portcullis && m.size.cidrs == 0);
-    let objects: BTreeSet<_> =
-        loads.filter_map(|m| m.outcome.objects.map(|o| (o.chains, o.rules, o.sets))).collect();
-    ensure!(objects.len() <= 1, "tables of different sizes have different objects: {objects:?}");
+    for mixed in [false, true] {
+        let loads = measurements.iter().filter(|m| m.size.mixed == mixed);
+        let objects: BTreeSet<_> = loads
+            .filter_map(without_firewalls)
+            .map(|Objects { chains, rules, sets }| (chains, rules, sets))
+            .collect();
+        ensure!(
+            objects.len() <= 1,
+            "tables of different sizes have different objects: {objects:?}"
+        );
+    }
     Ok(())
+}
+
+/// What our table consists of besides the firewalls of load-balancer addresses. `None` where it has
+/// others.
+fn without_firewalls(measurement: &Measurement) -> Option<Objects> {
+    let Measurement { proxy, size, outcome, .. } = measurement;
+    let Objects { chains, rules, sets } = outcome.objects?;
+    let restricted = if size.mixed { size.restricted_load_balancers() } else { 0 };
+    (*proxy == Proxy::Portcullis && size.cidrs == 0).then(|| Objects {
+        chains: chains - restricted * LOAD_BALANCER_FIREWALL.chains,
+        rules: rules - restricted * LOAD_BALANCER_FIREWALL.rules,
+        sets: sets - restricted * LOAD_BALANCER_FIREWALL.sets,
+    })
 }
 
 /// The tables.
@@ -88,62 +108,7 @@ fn describe(out: &mut String, machine: &Machine) {
 
 /// What we ask of ourselves, and whether it is reached.
 fn bars(out: &mut String, all: &[Measurement]) {
-    let load = |services, endpoints, cidrs| {
-        find(all, Proxy::Portcullis, What::ColdLoad, Size { services, endpoints, cidrs })
-    };
-    let seconds = |m: Option<&Measurement>, share| percentile(&m?.outcome.seconds, share);
-    let limit = |name: &str, got: Option<f64>, most: f64, show: &dyn Fn(f64) -> String| {
-        got.map(|got| (name.to_owned(), show(most), show(got), got <= most))
-    };
-    let change = |what| {
-        let size = Size { services: 10_000, endpoints: 3, cidrs: 0 };
-        seconds(find(all, Proxy::Portcullis, what, size), 0.99)
-    };
-    let peak = load(100_000, 10, 0)
-        .and_then(|m| m.outcome.peak_kib.iter().max())
-        .map(|kib| as_f64(usize::try_from(*kib).unwrap_or(usize::MAX)) / 1024.0);
-    let writes = all
-        .iter()
-        .filter(|m| m.what == What::Restart)
-        .flat_map(|m| m.outcome.operations.iter().copied())
-        .max();
-    let size = Size { services: 10_000, endpoints: 10, cidrs: 0 };
-    let yardstick = seconds(find(all, Proxy::KubeProxyShape, What::ColdLoad, size), 0.5);
-    let ratio =
-        yardstick.zip(seconds(load(10_000, 10, 0), 0.5)).map(|(theirs, ours)| theirs / ours);
-
-    let mut rows = Vec::new();
-    let mib = |mib: f64| format!("{mib:.0} MiB");
-    rows.extend(limit("load 10,000 Services x 10", seconds(load(10_000, 10, 0), 0.5), 0.4, &time));
-    rows.extend(ratio.map(|ratio| {
-        let name = "the same, against kube-proxy's shape".to_owned();
-        (name, "50 times faster".to_owned(), format!("{ratio:.0} times"), ratio >= 50.0)
-    }));
-    rows.extend(limit("load 44,125 Services x 3", seconds(load(44_125, 3, 0), 0.5), 1.0, &time));
-    rows.extend(limit(
-        "load 100,000 Services x 10",
-        seconds(load(100_000, 10, 0), 0.5),
-        5.0,
-        &time,
-    ));
-    rows.extend(limit("peak memory of that", peak, 1024.0, &mib));
-    for (name, what) in [
-        ("endpoint replaced at 10,000 Services, p99", What::EndpointReplaced),
-        ("endpoint count changed at 10,000 Services, p99", What::EndpointCount),
-    ] {
-        rows.extend(limit(name, change(what), 0.002, &time));
-    }
-    rows.extend(limit(
-        "100,000 CIDRs over 2,000 Services",
-        seconds(load(2_000, 3, 50), 0.5),
-        1.0,
-        &time,
-    ));
-    rows.extend(writes.map(|writes| {
-        let name = "elements written on restart".to_owned();
-        (name, "0".to_owned(), writes.to_string(), writes == 0)
-    }));
-    rows.extend(same_objects(all));
+    let rows: Vec<Bar> = [false, true].into_iter().flat_map(|mixed| bars_of(all, mixed)).collect();
     if rows.is_empty() {
         return;
     }
@@ -154,17 +119,84 @@ fn bars(out: &mut String, all: &[Measurement]) {
     }
 }
 
+/// What is asked, the limit, what was measured, and whether that is within the limit.
+type Bar = (String, String, String, bool);
+
+/// The same is asked of plain and of mixed clusters.
+fn bars_of(all: &[Measurement], mixed: bool) -> Vec<Bar> {
+    let suffix = if mixed { ", mixed" } else { "" };
+    let load = |services, endpoints, cidrs| {
+        find(all, Proxy::Portcullis, What::ColdLoad, Size { services, endpoints, cidrs, mixed })
+    };
+    let seconds = |m: Option<&Measurement>, share| percentile(&m?.outcome.seconds, share);
+    let limit = |name: String, got: Option<f64>, most: f64, show: &dyn Fn(f64) -> String| {
+        got.map(|got| (name, show(most), show(got), got <= most))
+    };
+    let change = |what| {
+        let size = Size { services: 10_000, endpoints: 3, cidrs: 0, mixed };
+        seconds(find(all, Proxy::Portcullis, what, size), 0.99)
+    };
+    let peak = load(100_000, 10, 0)
+        .and_then(|m| m.outcome.peak_kib.iter().max())
+        .map(|kib| as_f64(usize::try_from(*kib).unwrap_or(usize::MAX)) / 1024.0);
+    let writes = all
+        .iter()
+        .filter(|m| m.what == What::Restart && m.size.mixed == mixed)
+        .flat_map(|m| m.outcome.operations.iter().copied())
+        .max();
+    let size = Size { services: 10_000, endpoints: 10, cidrs: 0, mixed };
+    let yardstick = seconds(find(all, Proxy::KubeProxyShape, What::ColdLoad, size), 0.5);
+    let ratio =
+        yardstick.zip(seconds(load(10_000, 10, 0), 0.5)).map(|(theirs, ours)| theirs / ours);
+
+    let mut rows = Vec::new();
+    let mib = |mib: f64| format!("{mib:.0} MiB");
+    let load_of = |services, endpoints, most| {
+        let name = format!("load {} Services x {endpoints}{suffix}", thousands(services));
+        limit(name, seconds(load(services, endpoints, 0), 0.5), most, &time)
+    };
+    rows.extend(load_of(10_000, 10, 0.4));
+    rows.extend(ratio.map(|ratio| {
+        let name = "the same, against kube-proxy's shape".to_owned();
+        (name, "50 times faster".to_owned(), format!("{ratio:.0} times"), ratio >= 50.0)
+    }));
+    rows.extend(load_of(44_125, 3, 1.0));
+    rows.extend(load_of(100_000, 10, 5.0));
+    rows.extend(limit("peak memory of that".to_owned(), peak, 1024.0, &mib));
+    for (name, what) in [
+        ("endpoint replaced", What::EndpointReplaced),
+        ("endpoint count changed", What::EndpointCount),
+    ] {
+        let name = format!("{name} at 10,000 Services{suffix}, p99");
+        rows.extend(limit(name, change(what), 0.002, &time));
+    }
+    rows.extend(limit(
+        "100,000 CIDRs over 2,000 Services".to_owned(),
+        seconds(load(2_000, 3, 50), 0.5),
+        1.0,
+        &time,
+    ));
+    rows.extend(writes.map(|writes| {
+        let name = format!("elements written on restart{suffix}");
+        (name, "0".to_owned(), writes.to_string(), writes == 0)
+    }));
+    rows.extend(same_objects(all, mixed));
+    rows
+}
+
 /// Chains and rules of the smallest and of the largest table without firewalls.
-fn same_objects(all: &[Measurement]) -> Option<(String, String, String, bool)> {
+fn same_objects(all: &[Measurement], mixed: bool) -> Option<Bar> {
     let mut loads: Vec<(usize, usize)> = all
         .iter()
-        .filter(|m| (m.proxy, m.what) == (Proxy::Portcullis, What::ColdLoad) && m.size.cidrs == 0)
-        .filter_map(|m| Some((m.size.services, m.outcome.objects?)))
+        .filter(|m| m.what == What::ColdLoad && m.size.mixed == mixed)
+        .filter_map(|m| Some((m.size.services, without_firewalls(m)?)))
         .map(|(services, objects)| (services, objects.chains + objects.rules))
         .collect();
     loads.sort_unstable();
     let (&(few, least), &(many, most)) = loads.first().zip(loads.last())?;
-    let name = format!("chains and rules at {} and {} Services", thousands(few), thousands(many));
+    let suffix = if mixed { ", mixed, but for firewalls" } else { "" };
+    let (few, many) = (thousands(few), thousands(many));
+    let name = format!("chains and rules at {few} and {many} Services{suffix}");
     let got = format!("{} and {}", thousands(least), thousands(most));
     Some((name, "the same".to_owned(), got, least == most))
 }
@@ -345,14 +377,15 @@ fn proxy(proxy: Proxy) -> &'static str {
 }
 
 fn size(size: Size) -> String {
-    let plain = format!("{} x {}", thousands(size.services), size.endpoints);
-    match size.cidrs {
-        0 => plain,
-        cidrs => {
-            let restricted = size.services.min(crate::cluster::NODE_PORTS);
-            format!("{plain}, {} CIDRs", thousands(restricted * cidrs))
-        }
+    let mut text = format!("{} x {}", thousands(size.services), size.endpoints);
+    if size.mixed {
+        text.push_str(", mixed");
     }
+    if size.cidrs > 0 {
+        let restricted = size.services.min(crate::cluster::NODE_PORTS);
+        let _ = write!(text, ", {} CIDRs", thousands(restricted * size.cidrs));
+    }
+    text
 }
 
 fn header(out: &mut String, cells: &[&str]) {

@@ -17,8 +17,8 @@ use portcullis::audit::{
 };
 use portcullis::commit::Worker;
 use portcullis::model::{
-    Balancing, CidrSet, Endpoint, EndpointSlice, Family, Node, NodeContext, Protocol, Service,
-    ServiceName, ServicePort, SliceName, SlicePort, SourceRestriction, TrafficPolicy,
+    Balancing, CidrSet, Endpoint, EndpointSlice, Family, LocalTraffic, Node, NodeContext, Protocol,
+    Service, ServiceName, ServicePort, SliceName, SlicePort, SourceRestriction, TrafficPolicy,
 };
 use portcullis::plan::{Desired, ServicePlan, plan_service};
 
@@ -134,6 +134,7 @@ fn nft_reads_what_was_meant() {
         ("allow4-shop/web", "10.128.0.0/10"),
         ("allow6-shop/web", "ffff::/16"),
         ("allow6-shop/world", "::/0"),
+        ("localhost-ips4", "127.0.0.0/8"),
     ];
     namespace.run(|| {
         let _worker = world.program();
@@ -579,6 +580,8 @@ impl World {
                 pod_cidrs: cidrs(&["10.244.0.0/24", "fd00:244::/64"]),
                 ..Node::default()
             },
+            local_traffic: LocalTraffic::NodeCidrs,
+            localhost_nodeports: true,
             service_cidrs: cidrs(&["10.96.0.0/16", "fd00:96::/112"]),
             ..NodeContext::new("here".into())
         };

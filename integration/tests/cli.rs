@@ -79,7 +79,7 @@ ipvs: {strictARP: true}
     ensure!(output.status.success(), "{said}");
     ensure!(ruleset.contains("elements = { 192.0.2.0/24 }"), "{ruleset}");
     ensure!(ruleset.contains("elements = { 10.244.0.0/16 }"), "{ruleset}");
-    for field in ["mode", "ipvs"] {
+    for field in ["mode", "ipvs.strictARP"] {
         ensure!(said.contains(&format!("field=\"{field}\"")), "{field} is not named: {said}");
     }
     // What is asked for on the command line counts.
@@ -89,6 +89,30 @@ ipvs: {strictARP: true}
     fs::remove_file(&file)?;
     let output = command(&["plan", "--config", &paths[0], "--file", &paths[1]])?.output()?;
     expect_cannot(&output, "config.yaml")
+}
+
+#[test]
+fn external_addresses_can_be_closed() -> Result<()> {
+    let directory = scratch("external")?;
+    let file = directory.path().join("config.yaml");
+    fs::write(
+        &file,
+        "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n\
+         featureGates: {AllowServiceExternalIPs: false}\n",
+    )?;
+    let config = file.to_string_lossy();
+    let manifests = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/load-balancer");
+    for (more, served) in
+        [(&[][..], true), (&["--no-external-ips"], false), (&["--config", &config], false)]
+    {
+        let arguments = [&["plan", "--node-name", "node-1", "--file", manifests], more].concat();
+        let output = command(&arguments)?.output()?;
+        let (ruleset, said) = (text(&output.stdout), text(&output.stderr));
+        ensure!(output.status.success(), "{more:?}: {said}");
+        ensure!(ruleset.contains("198.51.100.7") == served, "{more:?}: {ruleset}");
+        ensure!(said.contains("spec.externalIPs: not served") != served, "{more:?}: {said}");
+    }
+    Ok(())
 }
 
 #[test]
@@ -105,24 +129,38 @@ fn limits_of_connection_tracking_are_set() -> Result<()> {
         Ok([of("tcp_timeout_established")?, of("tcp_timeout_close_wait")?, of("udp_timeout")?]
             .map(|value| value.trim().to_owned()))
     };
-    let udp = limits()?[2].clone();
-    let run = |more: &[&str], expected: [&str; 3]| -> Result<()> {
+    let before = limits()?;
+    let udp = before[2].clone();
+    let path = manifests.to_string_lossy();
+    let tuned = ["--manifests", &path, "--node-name", NODE_NAME, "--conntrack-udp-timeout=77s"];
+    // Not where the process leaves again, and not without the rights to go on.
+    let once = command(&[&["run", "--once"], &tuned[..]].concat())?;
+    let output = lab.node.output(once)?;
+    ensure!(output.status.success(), "{}", text(&output.stderr));
+    let unprivileged = unprivileged(&[&["run"], &tuned[..]].concat())?;
+    expect_cannot(&lab.node.output(unprivileged)?, "CAP_NET_ADMIN")?;
+    ensure!(limits()? == before, "{:?}, not {before:?}", limits());
+
+    let run = |more: &[&str], expected: [&str; 3], score: &str| -> Result<()> {
         let directory = manifests.to_string_lossy().into_owned();
         let arguments = [&["--manifests", &directory], more].concat();
         let daemon = follow(&lab, &arguments)?;
         let set = || limits().is_ok_and(|limits| limits == expected);
         ensure!(eventually(Duration::from_secs(10), set), "{:?}, not {expected:?}", limits());
+        let now = fs::read_to_string(format!("/proc/{}/oom_score_adj", daemon.pid()))?;
+        ensure!(now.trim() == score, "oom_score_adj is {}, not {score}", now.trim());
         daemon.terminate(Duration::from_secs(10))?;
         Ok(())
     };
-    run(&[], ["86400", "3600", &udp])?;
+    let own = fs::read_to_string("/proc/self/oom_score_adj")?;
+    run(&[], ["86400", "3600", &udp], own.trim())?;
     let arguments = [
         "--conntrack-tcp-timeout-established=2h",
         "--conntrack-tcp-timeout-close-wait=0s",
         "--conntrack-udp-timeout=1m30s",
         "--oom-score-adj=500",
     ];
-    run(&arguments, ["7200", "3600", "90"])
+    run(&arguments, ["7200", "3600", "90"], "500")
 }
 
 #[test]
@@ -170,6 +208,16 @@ fn a_reader_that_leaves_is_no_error() -> Result<()> {
     Ok(())
 }
 
+/// The program as root without root's capabilities.
+fn unprivileged(arguments: &[&str]) -> Result<Command> {
+    let mut command = Command::new("setpriv");
+    command
+        .args(["--inh-caps=-all", "--bounding-set=-all", "--no-new-privs", "--"])
+        .arg(binary::path()?)
+        .args(arguments);
+    Ok(command)
+}
+
 #[test]
 fn without_rights() -> Result<()> {
     if !available(ROOT) {
@@ -178,12 +226,8 @@ fn without_rights() -> Result<()> {
     let lab = Lab::new(0)?;
     let directory = scratch("rights")?;
     for arguments in [&["run", "--manifests", "/tmp", "--once"][..], &["cleanup"]] {
-        let mut unprivileged = Command::new("setpriv");
-        unprivileged
-            .args(["--inh-caps=-all", "--bounding-set=-all", "--no-new-privs", "--"])
-            .arg(binary::path()?)
-            .args(arguments)
-            .current_dir(directory.path());
+        let mut unprivileged = unprivileged(arguments)?;
+        unprivileged.current_dir(directory.path());
         expect_cannot(&lab.node.output(unprivileged)?, "CAP_NET_ADMIN")?;
     }
     Ok(())

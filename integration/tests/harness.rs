@@ -412,7 +412,9 @@ fn processes_are_watched_and_ended() -> Result<()> {
     assert!(process.is_running());
     assert_eq!(process.terminate(LIMIT)?.code(), Some(7));
     let mut process = sh("exit 0")?;
-    assert!(process.wait_for_output("never", LIMIT).is_err());
+    // That is what the one before wrote.
+    assert!(process.wait_for_output("trouble", LIMIT).is_err());
+    assert_eq!(process.stdout(), "");
     assert!(process.wait(LIMIT)?.success());
     let process = sh("exec sleep 300")?;
     let pid = process.pid().as_raw();

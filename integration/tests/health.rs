@@ -1,11 +1,12 @@
 //! What the daemon answers over HTTP: to load balancers, to probes, and to whoever collects metrics.
 
 use std::fs;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpStream};
 use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use portcullis::health::Connections;
 use portcullis_integration::daemon::follow_manifests;
 use portcullis_integration::lab::{FAMILIES, Lab, Process, eventually};
 use portcullis_integration::manifest::{Endpoint, Manifest, Port, replace, write_node};
@@ -59,12 +60,18 @@ impl World {
 
     /// Waits until both say that so many endpoints are here.
     fn becomes(&self, count: usize) -> Result<()> {
+        self.becomes_of("web", count)
+    }
+
+    /// Waits until both say that so many endpoints of a Service are here.
+    fn becomes_of(&self, name: &str, count: usize) -> Result<()> {
         let mut last = Vec::new();
         let settled = eventually(NOTICE, || {
             last = self.check(CHECK_PORT, "/").into_iter().collect();
-            last.iter().all(|answer| answer.as_ref().is_ok_and(|answer| says(answer, count)))
+            last.iter()
+                .all(|answer| answer.as_ref().is_ok_and(|answer| says_of(answer, name, count)))
         });
-        ensure!(settled, "not {count}: {last:?}");
+        ensure!(settled, "not {count} of {name}: {last:?}");
         Ok(())
     }
 
@@ -91,9 +98,13 @@ fn local(port: u16) -> SocketAddr {
 
 /// Whether an answer is that of kube-proxy for so many endpoints.
 fn says(answer: &Response, count: usize) -> bool {
+    says_of(answer, "web", count)
+}
+
+fn says_of(answer: &Response, name: &str, count: usize) -> bool {
     let header = |name: &str| answer.headers.get(name).map(String::as_str);
     let expected = json!({
-        "service": { "namespace": "shop", "name": "web" },
+        "service": { "namespace": "shop", "name": name },
         "localEndpoints": count,
         "serviceProxyHealthy": true,
     });
@@ -166,6 +177,23 @@ fn a_port_that_is_taken_is_said_and_tried_again() -> Result<()> {
 }
 
 #[test]
+fn a_port_changes_hands_without_an_error() -> Result<()> {
+    let Some(world) = World::new()? else { return Ok(()) };
+    let file = world.manifests.join("web.json");
+    world.web.write(&world.manifests)?;
+    let daemon = world.daemon()?;
+    world.becomes(2)?;
+    // Names that sort before and after the one that goes.
+    for name in ["api", "web", "zoo", "web"] {
+        let next = Manifest { name: name.to_owned(), ..world.web.clone() };
+        replace(&file, &next.list().to_string())?;
+        world.becomes_of(name, 2)?;
+    }
+    ensure!(!daemon.stderr().contains("cannot listen"), "{}", daemon.tail());
+    Ok(())
+}
+
+#[test]
 fn probes_are_told_whether_the_proxy_works() -> Result<()> {
     let Some(world) = World::new()? else { return Ok(()) };
     let _daemon = world.daemon()?;
@@ -205,6 +233,42 @@ fn probes_are_told_whether_the_proxy_works() -> Result<()> {
 }
 
 #[test]
+fn idle_connections_keep_nobody_from_an_answer() -> Result<()> {
+    let Some(world) = World::new()? else { return Ok(()) };
+    world.web.write(&world.manifests)?;
+    let daemon = world.daemon()?;
+    world.becomes(2)?;
+    let descriptors = || Ok::<_, std::io::Error>(fs::read_dir(descriptors_of(&daemon))?.count());
+    let before = descriptors()?;
+    let mut idle = Vec::new();
+    for port in [CHECK_PORT, 10256] {
+        let to = SocketAddr::new(world.lab.node.v4.into(), port);
+        let connect = || TcpStream::connect_timeout(&to, NOTICE);
+        world.lab.refused.enter(|| {
+            for _ in 0..2 * Connections::MOST {
+                idle.push(connect().with_context(|| format!("connection {}", idle.len()))?);
+            }
+            anyhow::Ok(())
+        })?;
+        let now = descriptors()?;
+        // Of what is about to be closed, each listener has one in hand.
+        ensure!(now <= before + Connections::MOST + 10, "{before} descriptors, then {now}");
+        world.becomes(2)?;
+        for answer in world.check(10256, "/healthz") {
+            ensure!(answer?.status == 200);
+        }
+    }
+    let closed = || descriptors().is_ok_and(|now| now <= before);
+    ensure!(eventually(NOTICE, closed), "{before} descriptors, now {:?}", descriptors());
+    Ok(())
+}
+
+/// The directory that lists them.
+fn descriptors_of(process: &Process) -> String {
+    format!("/proc/{}/fd", process.pid())
+}
+
+#[test]
 fn processes_on_node_ports_are_found() -> Result<()> {
     let Some(world) = World::new()? else { return Ok(()) };
     world.web.write(&world.manifests)?;
@@ -221,7 +285,7 @@ fn processes_on_node_ports_are_found() -> Result<()> {
     ensure!(world.metric("portcullis_programmed")? == "1");
     ensure!(world.metric("portcullis_transactions_total")?.parse::<f64>()? >= 1.0);
     ensure!(world.metric("portcullis_operations_total")?.parse::<f64>()? > 10.0);
-    ensure!(world.metric("portcullis_kernel_time_seconds")?.parse::<f64>()? > 0.0);
+    ensure!(world.metric("portcullis_kernel_time_seconds_total")?.parse::<f64>()? > 0.0);
     ensure!(world.metric("portcullis_object_warnings")?.parse::<f64>()? >= 1.0);
     Ok(())
 }

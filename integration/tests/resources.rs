@@ -56,7 +56,7 @@ fn memory_and_cpu() -> Result<()> {
         let process = format!("/proc/{}", daemon.pid());
         let start = cpu(&process)?;
         let share = |before: Duration, after: Duration, during: Duration| {
-            (after - before).as_secs_f64() / during.as_secs_f64() * 1000.0
+            after.saturating_sub(before).as_secs_f64() / during.as_secs_f64() * 1000.0
         };
         let (before, began) = (cpu(&process)?, Instant::now());
         std::thread::sleep(CHANGING);

@@ -1,14 +1,18 @@
 //! Taking a node over from the real kube-proxy: no connection fails on the way, open ones go on, and
 //! nothing of kube-proxy stays.
 
+use std::fs;
 use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use portcullis::takeover::is_kube_proxys;
 use portcullis_integration::controlplane::{ControlPlane, objects};
-use portcullis_integration::daemon::{command, follow_cluster};
+use portcullis_integration::daemon::{NODE_NAME, command, follow_cluster};
 use portcullis_integration::lab::{FAMILIES, Lab, eventually};
+use portcullis_integration::manifest::write_node;
 use portcullis_integration::requirement::{Requirement, available};
 use portcullis_integration::traffic::{Flow, Outcome, Protocol, Server, probe};
 use serde_json::json;
@@ -32,6 +36,77 @@ fn from_iptables_mode() -> Result<()> {
         return Ok(());
     }
     take_over("takeover-iptables", "iptables", Some(&["table nat: ", "table filter: "]))
+}
+
+#[test]
+fn what_cannot_be_removed_is_said() -> Result<()> {
+    if !available(&ROOT[..2]) {
+        return Ok(());
+    }
+    let lab = Lab::new(0)?;
+    let manifests = lab.directory().join("manifests");
+    fs::create_dir(&manifests)?;
+    write_node(&lab, &manifests)?;
+    let path = manifests.to_str().context("a path in UTF-8")?;
+    let once = command(&["run", "--once", "--node-name", NODE_NAME, "--manifests", path])?;
+    let output = lab.node.output(once)?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    lab.node.nft(
+        "add table ip kube-proxy
+        add table ip nat
+        add chain ip nat KUBE-SERVICES",
+    )?;
+    lab.node.ip(&["link add kube-ipvs0 type veth peer name other"])?;
+
+    // All the programs that there are.
+    let programs = lab.directory().join("programs");
+    fs::create_dir(&programs)?;
+    let install = |name: &str, script: &str| -> Result<()> {
+        let file = programs.join(name);
+        fs::write(&file, format!("#!/bin/sh\n{script}\n"))?;
+        Ok(fs::set_permissions(file, fs::Permissions::from_mode(0o755))?)
+    };
+    let cleanup = |code: i32, said: &[&str]| -> Result<()> {
+        let mut cleanup = command(&["cleanup", "--kube-proxy"])?;
+        cleanup.env("PATH", &programs);
+        let output = lab.node.output(cleanup)?;
+        let all = [output.stdout, output.stderr].concat();
+        let all = String::from_utf8_lossy(&all);
+        ensure!(output.status.code() == Some(code), "{:?}: {all}", output.status);
+        for expected in said {
+            ensure!(all.contains(expected), "not {expected:?}: {all}");
+        }
+        ensure!(!all.contains("ip6tables-nft"), "{all}");
+        Ok(())
+    };
+    // Whether there are such tables depends on the machine.
+    install("iptables-legacy-save", "")?;
+    install("ip6tables-legacy-save", "")?;
+    let stays = "interface kube-ipvs0 stays";
+    let missing = [
+        "table ip kube-proxy: removed",
+        "cannot remove kube-proxy's chains: not installed: iptables-nft-save",
+        "cannot delete the virtual servers of IPVS: not installed: ipvsadm",
+        "cannot list ipsets: not installed: ipset",
+        stays,
+    ];
+    cleanup(2, &missing)?;
+    let chains = lab.node.run(&["nft", "list", "chains", "ip"])?;
+    ensure!(chains.matches("KUBE-SERVICES").count() == 1, "{chains}");
+    lab.node.nft("delete table ip nat")?;
+
+    install("ipvsadm", "echo no such module >&2; exit 3")?;
+    install("ipset", "[ $1 = destroy ] || echo KUBE-CLUSTER-IP")?;
+    let failed =
+        "cannot delete the virtual servers of IPVS: ipvsadm: exit status: 3: no such module";
+    cleanup(2, &[failed, "ipset KUBE-CLUSTER-IP: removed", stays])?;
+    lab.node.ip(&["link show kube-ipvs0"])?;
+
+    install("ipvsadm", "")?;
+    install("ip", "PATH=/usr/sbin:/usr/bin:/sbin:/bin exec ip \"$@\"")?;
+    cleanup(0, &["IPVS virtual servers: removed", "interface kube-ipvs0: removed"])?;
+    ensure!(lab.node.ip(&["link show kube-ipvs0"]).is_err(), "the interface is there");
+    cleanup(0, &["nothing of kube-proxy is there"])
 }
 
 /// Where the programs of iptables are in kube-proxy's image and not in ours.
@@ -158,9 +233,16 @@ fn take_over(name: &str, mode: &str, removed: Option<&[&str]>) -> Result<()> {
     let ruleset = lab.node.run(&["nft", "list", "tables"])?;
     ensure!(!ruleset.contains("kube-proxy"), "{ruleset}");
     if mode == "iptables" {
-        for program in ["iptables-nft-save", "iptables-legacy-save", "ip6tables-nft-save"] {
-            let left = lab.node.run(&[program])?;
-            ensure!(!left.contains("KUBE-S") && !left.contains("KUBE-NODEPORTS"), "{left}");
+        for program in [
+            "iptables-nft-save",
+            "iptables-legacy-save",
+            "ip6tables-nft-save",
+            "ip6tables-legacy-save",
+        ] {
+            let listing = lab.node.run(&[program])?;
+            let chains = listing.lines().filter_map(|line| line.strip_prefix(':'));
+            let mut names = chains.filter_map(|chain| chain.split(' ').next());
+            ensure!(!names.any(is_kube_proxys), "{program}: {listing}");
         }
     }
     println!("{mode}: {asked} connections, none failed");

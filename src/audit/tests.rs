@@ -4,9 +4,9 @@
 
 use super::*;
 use crate::model::{
-    Backend, Balancing, CidrSet, Family, Node, Protocol, Seniority, ServiceName, TrafficPolicy,
+    Backend, CidrSet, Family, Node, Protocol, Seniority, ServiceName, TrafficPolicy,
 };
-use crate::plan::{Firewall, Frontend, NodePort, Pool, Sources};
+use crate::plan::{Choice, Firewall, Frontend, NodePort, Pool, Sources};
 
 const NFT_1_0_6: &str = include_str!("samples/nft-1.0.6.json");
 const NFT_1_0_6_PARTS: &str = include_str!("samples/nft-1.0.6-parts.json");
@@ -465,7 +465,7 @@ fn plan(
                 internal_traffic: TrafficPolicy::Cluster,
                 external_traffic: TrafficPolicy::Cluster,
                 affinity: None,
-                balancing: Balancing::Random,
+                choice: Choice::Random,
                 hairpins: (1..=endpoints).take(1).map(|e| endpoint(family, e)).collect(),
             });
         }

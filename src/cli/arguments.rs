@@ -2,10 +2,14 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
+use jiff::SignedDuration;
 use portcullis::model::NodePortAddresses;
+use serde::Deserialize;
 
 /// Kubernetes Service proxy for nftables with a firewall on every NodePort.
 #[derive(Debug, Parser)]
@@ -92,19 +96,61 @@ pub struct ConntrackOptions {
     pub min: Option<u32>,
     /// For how long an idle TCP connection is remembered; 0s leaves the kernel's time [default: 24h].
     #[arg(long = "conntrack-tcp-timeout-established", value_name = "TIME")]
-    pub tcp_timeout_established: Option<kube::core::Duration>,
+    pub tcp_timeout_established: Option<Timeout>,
     /// The same for a connection that one side has closed [default: 1h].
     #[arg(long = "conntrack-tcp-timeout-close-wait", value_name = "TIME")]
-    pub tcp_timeout_close_wait: Option<kube::core::Duration>,
+    pub tcp_timeout_close_wait: Option<Timeout>,
     /// Count packets outside of a connection's window as its own.
     #[arg(long = "conntrack-tcp-be-liberal")]
     pub tcp_be_liberal: bool,
     /// For how long a UDP flow without an answer is remembered [default: the kernel's].
     #[arg(long = "conntrack-udp-timeout", value_name = "TIME")]
-    pub udp_timeout: Option<kube::core::Duration>,
+    pub udp_timeout: Option<Timeout>,
     /// For how long a UDP flow with answers is remembered [default: the kernel's].
     #[arg(long = "conntrack-udp-timeout-stream", value_name = "TIME")]
-    pub udp_timeout_stream: Option<kube::core::Duration>,
+    pub udp_timeout_stream: Option<Timeout>,
+}
+
+/// A time as Kubernetes writes it (`1h30m`), a year at most.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub struct Timeout(Duration);
+
+impl Timeout {
+    /// The longest one: who writes more has mistaken the unit.
+    const LONGEST: Duration = Duration::from_secs(365 * 24 * 3600);
+
+    /// How long it is.
+    pub fn duration(self) -> Duration {
+        self.0
+    }
+}
+
+impl FromStr for Timeout {
+    type Err = String;
+
+    // Not `kube::core::Duration`, which panics on large numbers.
+    fn from_str(text: &str) -> Result<Timeout, String> {
+        // A number that needs no unit.
+        let duration = if text == "0" {
+            SignedDuration::ZERO
+        } else {
+            text.parse().map_err(|_| format!("{text:?} is not a time such as 1h30m or 90s"))?
+        };
+        let duration = Duration::try_from(duration).map_err(|_| format!("{text:?} is negative"))?;
+        if duration > Timeout::LONGEST {
+            return Err(format!("{text:?} is longer than a year"));
+        }
+        Ok(Timeout(duration))
+    }
+}
+
+impl TryFrom<String> for Timeout {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Timeout, String> {
+        text.parse()
+    }
 }
 
 /// Where to listen, if anywhere.
@@ -197,10 +243,13 @@ pub struct NodeOptions {
     /// list of CIDRs for all of its addresses in them [default: primary].
     #[arg(long, value_name = "primary|CIDR,...", value_parser = nodeport_addresses)]
     pub nodeport_addresses: Option<NodePortAddresses>,
-    /// Pods have addresses in these CIDRs [default: the Node's spec.podCIDRs are those of the pods
-    /// here]. Whoever else connects to a ClusterIP is masqueraded.
+    /// Pods have addresses in these CIDRs. Whoever else connects to a ClusterIP is masqueraded.
     #[arg(long, value_name = "CIDR,...", value_delimiter = ',', group = "local")]
     pub cluster_cidr: Vec<IpNet>,
+    /// Pods of this node have addresses in the Node's spec.podCIDRs. Whoever else connects to a
+    /// ClusterIP is masqueraded.
+    #[arg(long, group = "local")]
+    pub node_cidr: bool,
     /// Connections that come from this bridge are those of the pods here.
     #[arg(long, value_name = "NAME", group = "local", value_parser = interface)]
     pub pod_bridge_interface: Option<String>,
@@ -210,6 +259,14 @@ pub struct NodeOptions {
     /// Masquerade every connection to a ClusterIP.
     #[arg(long)]
     pub masquerade_all: bool,
+    /// Serve node ports to processes of this node at 127.0.0.0/8, too (IPv4 only). Sets the sysctl
+    /// `net.ipv4.conf.all.route_localnet`, and drops what comes from elsewhere with such addresses.
+    #[arg(long)]
+    pub localhost_nodeports: bool,
+    /// Serve no `externalIPs`: whoever may write a Service may claim any address there
+    /// (CVE-2020-8554). The same as kube-proxy's feature gate `AllowServiceExternalIPs=false`.
+    #[arg(long)]
+    pub no_external_ips: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -265,6 +322,38 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn timeouts_are_a_year_at_most() {
+        for (text, milliseconds) in [
+            ("0", 0),
+            ("0s", 0),
+            ("1h30m", 5_400_000),
+            ("24h0m0s", 86_400_000),
+            ("1.5h", 5_400_000),
+            ("1m0.5s", 60_500),
+            ("300ms", 300),
+            ("8760h", 31_536_000_000),
+        ] {
+            let expected = Duration::from_millis(milliseconds);
+            assert_eq!(text.parse(), Ok(Timeout(expected)), "{text}");
+        }
+        for (text, why) in [
+            ("", "not a time"),
+            ("5", "not a time"),
+            ("5x", "not a time"),
+            ("1h-2m", "not a time"),
+            ("1e400h", "not a time"),
+            ("99999999999999999999999h", "not a time"),
+            ("-1h", "negative"),
+            ("-0.001s", "negative"),
+            ("8760h1s", "longer than a year"),
+            ("9999999h", "longer than a year"),
+        ] {
+            let error = text.parse::<Timeout>().unwrap_err();
+            assert!(error.contains(why), "{text}: {error}");
+        }
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use anyhow::bail;
 use portcullis::netlink::{Batch, Error, Socket};
 use portcullis::ruleset::TABLE;
-use portcullis::takeover;
+use portcullis::takeover::{self, Outcome};
 
 use super::arguments::CleanupOptions;
 use super::kernel::explain;
@@ -56,12 +56,19 @@ fn kube_proxys() -> anyhow::Result<Verdict> {
     if let Some(pid) = running_kube_proxy() {
         bail!("kube-proxy runs (process {pid}) and would write its rules again: end it first");
     }
-    let removed = takeover::remove_leftovers()?;
-    if removed.is_empty() {
+    let Outcome { removed, notes, errors } = takeover::remove_leftovers();
+    if removed.is_empty() && notes.is_empty() && errors.is_empty() {
         print("nothing of kube-proxy is there\n")?;
     }
     for what in removed {
         print(&format!("{what}: removed\n"))?;
+    }
+    for note in notes {
+        eprintln!("{note}");
+    }
+    if !errors.is_empty() {
+        let errors = errors.into_iter().map(|error| format!("{:#}", anyhow::Error::from(error)));
+        bail!("{}", errors.collect::<Vec<_>>().join("; "));
     }
     Ok(Verdict::Fine)
 }

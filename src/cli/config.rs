@@ -1,6 +1,7 @@
 //! The configuration file of kube-proxy (`KubeProxyConfiguration`, `kubeproxy.config.k8s.io/v1alpha1`):
 //! what of it makes sense here is read, and whatever else it sets is named in a warning.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
@@ -10,11 +11,16 @@ use portcullis::model::{LocalTraffic, NodePortAddresses};
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::arguments::{self, Bind};
+use super::arguments::{self, Bind, Timeout};
 
 /// The `apiVersion` and `kind` of such a file.
 const API_VERSION: &str = "kubeproxy.config.k8s.io/v1alpha1";
 const KIND: &str = "KubeProxyConfiguration";
+/// The feature gate that closes `externalIPs` (KEP-5707).
+const EXTERNAL_IPS: &str = "AllowServiceExternalIPs";
+/// Fields that are true where they are not set (`SetDefaults_KubeProxyConfiguration`): these say
+/// something by being false.
+const DEFAULT_TRUE: [&str; 1] = ["iptables.localhostNodePorts"];
 
 /// What a file says; nothing where there is none.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -26,6 +32,7 @@ pub struct Config {
     pub nodeport_addresses: Option<NodePortAddresses>,
     pub local_traffic: Option<LocalTraffic>,
     pub masquerade_all: bool,
+    pub no_external_ips: bool,
     pub oom_score_adj: Option<i16>,
     pub conntrack: Conntrack,
 }
@@ -36,11 +43,11 @@ pub struct Config {
 pub struct Conntrack {
     pub max_per_core: Option<u32>,
     pub min: Option<u32>,
-    pub tcp_established_timeout: Option<kube::core::Duration>,
-    pub tcp_close_wait_timeout: Option<kube::core::Duration>,
+    pub tcp_established_timeout: Option<Timeout>,
+    pub tcp_close_wait_timeout: Option<Timeout>,
     pub tcp_be_liberal: bool,
-    pub udp_timeout: Option<kube::core::Duration>,
-    pub udp_stream_timeout: Option<kube::core::Duration>,
+    pub udp_timeout: Option<Timeout>,
+    pub udp_stream_timeout: Option<Timeout>,
 }
 
 /// The fields that are read. Each may be missing, null or empty.
@@ -62,6 +69,7 @@ struct File {
     cluster_cidr: Option<String>,
     node_port_addresses: Option<Vec<String>>,
     oom_score_adj: Option<i16>,
+    feature_gates: Option<BTreeMap<String, bool>>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -101,15 +109,18 @@ pub fn read(path: &Path) -> anyhow::Result<Config> {
 fn parse(text: &str) -> anyhow::Result<(Config, Vec<String>)> {
     let value: Value = serde_saphyr::from_str(text).context("is not YAML")?;
     let mut unused = Vec::new();
-    let read = serde_ignored::deserialize(&value, |path| {
+    let mut track = serde_path_to_error::Track::new();
+    let tracked = serde_path_to_error::Deserializer::new(&value, &mut track);
+    let read = serde_ignored::deserialize(tracked, |path| {
         let path = path.to_string();
         // Options of the file's own stand in the path as question marks.
         let path = path.replace(".?", "");
-        if at(&value, &path).is_some_and(says_something) {
-            unused.push(path);
+        if let Some(value) = at(&value, &path) {
+            name_what_is_said(path, value, &mut unused);
         }
     });
-    let file: File = read?;
+    let file: File =
+        read.map_err(|error: serde_json::Error| anyhow!("{}: {error}", track.path()))?;
     if file.api_version != API_VERSION || file.kind != KIND {
         bail!(
             "apiVersion {:?}, kind {:?}: expected {API_VERSION}, {KIND}",
@@ -120,10 +131,14 @@ fn parse(text: &str) -> anyhow::Result<(Config, Vec<String>)> {
     if file.mode.as_deref().is_some_and(|mode| !["", "nftables"].contains(&mode)) {
         unused.push("mode".to_owned());
     }
+    // Whatever they are set to, somebody has chosen it.
+    let gates = file.feature_gates.iter().flatten().map(|(gate, _)| gate);
+    unused.extend(gates.filter(|gate| *gate != EXTERNAL_IPS).map(|g| format!("featureGates.{g}")));
     lower(file).map(|config| (config, unused))
 }
 
 fn lower(file: File) -> anyhow::Result<Config> {
+    let gates = file.feature_gates.unwrap_or_default();
     let given = |text: Option<String>| text.filter(|text| !text.is_empty());
     let bind = |field: &str, text: Option<String>, port| {
         given(text).map(|text| address(&text, port).with_context(|| field.to_owned())).transpose()
@@ -148,6 +163,7 @@ fn lower(file: File) -> anyhow::Result<Config> {
         nodeport_addresses,
         local_traffic: Some(local_traffic),
         masquerade_all: file.nftables.unwrap_or_default().masquerade_all,
+        no_external_ips: gates.get(EXTERNAL_IPS) == Some(&false),
         oom_score_adj: file.oom_score_adj,
         conntrack: file.conntrack.unwrap_or_default(),
     })
@@ -174,7 +190,8 @@ fn local_traffic(mode: &str, detect: DetectLocal, cidr: &str) -> anyhow::Result<
             let cidrs = cidrs.map(|cidr| {
                 cidr.parse::<IpNet>().map_err(|_| anyhow!("clusterCIDR: {cidr:?} is not a CIDR"))
             });
-            LocalTraffic::Cidrs(cidrs.collect::<Result<_, _>>()?)
+            let cidrs: Vec<IpNet> = cidrs.collect::<Result<_, _>>()?;
+            if cidrs.is_empty() { LocalTraffic::Unknown } else { LocalTraffic::Cidrs(cidrs) }
         }
         "NodeCIDR" => LocalTraffic::NodeCidrs,
         "BridgeInterface" => {
@@ -195,15 +212,25 @@ fn at<'a>(value: &'a Value, path: &str) -> Option<&'a Value> {
     path.split('.').try_fold(value, |value, key| value.get(key))
 }
 
-/// Whether a field is set to something: tools write every field that there is.
-fn says_something(value: &Value) -> bool {
-    match value {
-        Value::Null | Value::Bool(false) => false,
+/// Adds the fields in `value`, the field at `path`, that are set to something: tools write every
+/// field that there is.
+fn name_what_is_said(path: String, value: &Value, said: &mut Vec<String>) {
+    let says_something = match value {
+        Value::Null => false,
+        Value::Bool(false) => DEFAULT_TRUE.contains(&path.as_str()),
         Value::Bool(true) => true,
         Value::Number(number) => number.as_f64() != Some(0.0),
         Value::String(text) => !["", "0s", "0"].contains(&text.as_str()),
         Value::Array(list) => !list.is_empty(),
-        Value::Object(fields) => fields.values().any(says_something),
+        Value::Object(fields) => {
+            for (key, value) in fields {
+                name_what_is_said(format!("{path}.{key}"), value, said);
+            }
+            false
+        }
+    };
+    if says_something {
+        said.push(path);
     }
 }
 
@@ -239,7 +266,10 @@ detectLocalMode: \"\"
 enableProfiling: false
 healthzBindAddress: \"\"
 hostnameOverride: \"Node-1\"
+featureGates:
+  AllowServiceExternalIPs: true
 iptables:
+  localhostNodePorts: null
   masqueradeBit: null
   syncPeriod: 30s
 metricsBindAddress: 0.0.0.0
@@ -263,6 +293,7 @@ oomScoreAdj: -999
             ])),
             local_traffic: Some(LocalTraffic::Cidrs(cidrs.to_vec())),
             masquerade_all: true,
+            no_external_ips: false,
             oom_score_adj: Some(-999),
             conntrack: Conntrack {
                 tcp_be_liberal: true,
@@ -271,13 +302,34 @@ oomScoreAdj: -999
             },
         };
         assert_eq!(config, expected);
-        assert_eq!(unused, ["bindAddress", "iptables", "mode"]);
+        assert_eq!(unused, ["bindAddress", "iptables.syncPeriod", "mode"]);
+    }
+
+    #[test]
+    fn what_is_turned_off() {
+        let text = format!(
+            "{HEAD}featureGates: {{AllowServiceExternalIPs: false, AllAlpha: false, Other: true}}
+iptables: {{localhostNodePorts: false, masqueradeAll: false}}
+nftables: {{syncPeriod: 10s}}
+"
+        );
+        let (config, unused) = parse(&text).unwrap();
+        assert!(config.no_external_ips);
+        let expected = [
+            "iptables.localhostNodePorts",
+            "nftables.syncPeriod",
+            "featureGates.AllAlpha",
+            "featureGates.Other",
+        ];
+        assert_eq!(unused, expected);
+        let (config, unused) = parse(&format!("{HEAD}featureGates: null")).unwrap();
+        assert!(!config.no_external_ips && unused.is_empty());
     }
 
     #[test]
     fn local_modes() {
         for (text, expected) in [
-            ("", LocalTraffic::Cidrs(vec![])),
+            ("", LocalTraffic::Unknown),
             ("detectLocalMode: NodeCIDR", LocalTraffic::NodeCidrs),
             (
                 "detectLocalMode: BridgeInterface\ndetectLocal: {bridgeInterface: cni0}",
@@ -303,7 +355,20 @@ oomScoreAdj: -999
             (&*format!("{HEAD}detectLocalMode: BridgeInterface"), "detectLocal.bridgeInterface"),
             (&*format!("{HEAD}detectLocalMode: Guess"), "detectLocalMode: \"Guess\""),
             (&*format!("{HEAD}healthzBindAddress: here"), "healthzBindAddress: \"here\""),
-            (&*format!("{HEAD}oomScoreAdj: high"), "high"),
+            (&*format!("{HEAD}oomScoreAdj: high"), "oomScoreAdj: invalid type: string \"high\""),
+            (&*format!("{HEAD}conntrack: {{min: -1}}"), "conntrack.min: invalid value"),
+            (
+                &*format!("{HEAD}conntrack: {{udpTimeout: -1h}}"),
+                "conntrack.udpTimeout: \"-1h\" is negative",
+            ),
+            (
+                &*format!("{HEAD}conntrack: {{udpStreamTimeout: 999999h}}"),
+                "conntrack.udpStreamTimeout: \"999999h\" is longer than a year",
+            ),
+            (
+                &*format!("{HEAD}featureGates: {{AllowServiceExternalIPs: maybe}}"),
+                "featureGates.AllowServiceExternalIPs: invalid type",
+            ),
         ] {
             let error = format!("{:#}", parse(text).unwrap_err());
             assert!(error.contains(expected), "{text:?}: {error}");

@@ -5,16 +5,17 @@ use std::thread::JoinHandle;
 use anyhow::Context;
 use axum::Router;
 use portcullis::commit::{Adoption, Committer, Worker};
-use portcullis::health::{self, Health, server};
+use portcullis::health::{self, Connections, Health, server};
 use portcullis::metrics::Metrics;
 use portcullis::model::Severity;
 use portcullis::report::Reporter;
 use portcullis::watch::{Index, Options, cluster, manifests};
 use portcullis::{conflicts, refused, ruleset, sysctl};
+use procfs::{CpuInfo, Current};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
-use super::arguments::{Bind, RunOptions};
+use super::arguments::{Bind, RunOptions, Timeout};
 use super::config::Config;
 use super::kernel::{explain_commit, open_worker};
 use super::source::{Source, config, open, options};
@@ -23,7 +24,6 @@ use super::{Verdict, print};
 pub fn run(arguments: &RunOptions) -> anyhow::Result<Verdict> {
     let config = config(&arguments.node)?;
     let options = options(&arguments.node, &config)?;
-    tune(arguments, &config);
     let reporter = Reporter::new(options.node_name.clone());
     let (checks, asked) = health::services::checks();
     let (served, listeners) = conflicts::served();
@@ -33,6 +33,13 @@ pub fn run(arguments: &RunOptions) -> anyhow::Result<Verdict> {
         checks.commit(&report);
         seen.commit(&report);
     })?;
+    // Now that it is known to have the rights. What is asked for by name holds for --once, too.
+    if arguments.node.localhost_nodeports {
+        sysctl::route_localnet();
+    }
+    if !arguments.once {
+        tune(arguments, &config);
+    }
     // The work is in the committing thread; this only waits for events.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -47,16 +54,18 @@ pub fn run(arguments: &RunOptions) -> anyhow::Result<Verdict> {
             let (committer, thread) = Committer::start(worker);
             let health = Health::new(committer.pulse(), reporter.clone());
             let metrics = Metrics { pulse: committer.pulse(), reporter: reporter.clone(), served };
+            let connections = Connections::default();
             let at = |flag: Option<Bind>, file: Option<Bind>, default: ([u8; 4], u16)| {
                 flag.or(file).unwrap_or(Bind(Some(default.into())))
             };
             let file = config.healthz_bind_address;
             let address = at(arguments.healthz_bind_address, file, ([0; 4], 10256));
-            listen("health checks", address, server::routes(&health));
+            listen("health checks", address, server::routes(&health), &connections);
             let file = config.metrics_bind_address;
             let address = at(arguments.metrics_bind_address, file, ([127, 0, 0, 1], 10249));
-            listen("metrics", address, metrics.routes());
-            tokio::spawn(health::services::serve(asked, health, reporter.clone()));
+            listen("metrics", address, metrics.routes(), &connections);
+            let reports = reporter.clone();
+            tokio::spawn(health::services::serve(asked, connections, health, reports));
             tokio::spawn(conflicts::watch(listeners, reporter.clone()));
             if let Source::Cluster(client) = &source {
                 let (client, name) = (client.clone(), options.node_name.clone());
@@ -68,12 +77,13 @@ pub fn run(arguments: &RunOptions) -> anyhow::Result<Verdict> {
     })
 }
 
-/// Makes the settings of the machine that were asked for. None is worth ending for.
+/// Makes the settings of the machine and of this process for as long as it runs. None is worth
+/// ending for.
 fn tune(arguments: &RunOptions, config: &Config) {
     let (flags, file) = (&arguments.conntrack, &config.conntrack);
     let default = sysctl::Conntrack::default();
-    let time = |flag: Option<kube::core::Duration>, file: Option<_>, default| {
-        flag.or(file).map_or(default, std::time::Duration::from)
+    let time = |flag: Option<Timeout>, file: Option<_>, default| {
+        flag.or(file).map_or(default, Timeout::duration)
     };
     let conntrack = sysctl::Conntrack {
         max_per_core: flags.max_per_core.or(file.max_per_core).unwrap_or(default.max_per_core),
@@ -92,7 +102,8 @@ fn tune(arguments: &RunOptions, config: &Config) {
         udp: time(flags.udp_timeout, file.udp_timeout, default.udp),
         udp_stream: time(flags.udp_timeout_stream, file.udp_stream_timeout, default.udp_stream),
     };
-    conntrack.apply(std::thread::available_parallelism().map_or(1, usize::from));
+    // Those of the machine, not those that this process may use.
+    conntrack.apply(CpuInfo::current().map_or(1, |cpus| cpus.num_cores()));
     if let Some(score) = arguments.oom_score_adj.or(config.oom_score_adj)
         && let Err(error) = std::fs::write("/proc/self/oom_score_adj", score.to_string())
     {
@@ -101,9 +112,9 @@ fn tune(arguments: &RunOptions, config: &Config) {
 }
 
 /// Answers at an address, if there is one, for as long as the process runs.
-fn listen(what: &'static str, Bind(address): Bind, routes: Router) {
+fn listen(what: &'static str, Bind(address): Bind, routes: Router, connections: &Connections) {
     if let Some(address) = address {
-        tokio::spawn(server::serve(what, address, routes));
+        tokio::spawn(server::serve(what, address, routes, connections.clone()));
     }
 }
 

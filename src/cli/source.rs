@@ -42,6 +42,8 @@ pub fn options(arguments: &NodeOptions, config: &Config) -> anyhow::Result<Optio
             .or_else(|| config.local_traffic.clone())
             .unwrap_or_default(),
         masquerade_all: arguments.masquerade_all || config.masquerade_all,
+        localhost_nodeports: arguments.localhost_nodeports,
+        external_ips: !(arguments.no_external_ips || config.no_external_ips),
     })
 }
 
@@ -49,6 +51,9 @@ pub fn options(arguments: &NodeOptions, config: &Config) -> anyhow::Result<Optio
 fn local_traffic(arguments: &NodeOptions) -> Option<LocalTraffic> {
     if !arguments.cluster_cidr.is_empty() {
         return Some(LocalTraffic::Cidrs(arguments.cluster_cidr.clone()));
+    }
+    if arguments.node_cidr {
+        return Some(LocalTraffic::NodeCidrs);
     }
     let bridge = arguments.pod_bridge_interface.as_deref();
     let bridge = bridge.map(|name| LocalTraffic::Bridge(name.into()));

@@ -139,7 +139,11 @@ fn plan(number: u8, variant: &Variant) -> ServicePlan {
         internal_traffic: policy(internal_local),
         external_traffic: policy(external_local),
         session_affinity: sticky.then(|| NonZeroU32::new(10 + u32::from(number % 2)).unwrap()),
-        balancing: if by_source { Balancing::SourceHash } else { Balancing::Random },
+        balancing: match (by_source, number % 2) {
+            (false, _) => Balancing::Random,
+            (true, 0) => Balancing::SourceHash,
+            (true, _) => Balancing::Weighted,
+        },
         load_balancer_sources: if ranges {
             SourceRestriction::Allow(CidrSet::parse("192.168.0.0/16").unwrap())
         } else {
@@ -179,6 +183,7 @@ fn plan(number: u8, variant: &Variant) -> ServicePlan {
                     _ => Readiness::Ready,
                 },
                 node: (endpoint % 2 == 0).then(|| "here".into()),
+                weight: endpoint % 4,
                 hints: hints.then(|| {
                     let zone = if endpoint % 3 == 0 { "a" } else { "b" };
                     Arc::new(Hints { zones: vec![zone.into()], nodes: Vec::new() })

@@ -106,7 +106,7 @@ pub enum CommitError {
 /// A handle on the committing thread. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Committer {
-    requests: mpsc::Sender<Request>,
+    requests: Arc<mpsc::Sender<Request>>,
     pulse: Pulse,
 }
 
@@ -117,13 +117,24 @@ enum Request {
     Change(Change, oneshot::Sender<Result<(), CommitError>>),
     RetryRefused,
     LookAfter,
+    /// There are clients to be forgotten.
+    ForgetClients,
 }
 
 impl Committer {
     /// Starts the thread on `worker`. It ends when the last handle is dropped.
     pub fn start(worker: Worker) -> (Committer, JoinHandle<()>) {
         let (requests, queue) = mpsc::channel();
+        let requests = Arc::new(requests);
         let pulse = Pulse::default();
+        // The thread ends with the last handle, so what wakes it must not be one.
+        let (weak, asks) = (Arc::downgrade(&requests), pulse.clone());
+        worker.wake_by(move || {
+            if let Some(requests) = weak.upgrade() {
+                asks.asked();
+                let _ = requests.send(Request::ForgetClients);
+            }
+        });
         let beats = pulse.clone();
         let thread = std::thread::Builder::new().name("committer".to_owned());
         let thread = thread.spawn(move || run(worker, &queue, &beats));
@@ -195,11 +206,18 @@ async fn answered<T>(asked: Result<oneshot::Receiver<T>, CommitError>) -> Result
 }
 
 fn run(mut worker: Worker, queue: &mpsc::Receiver<Request>, pulse: &Pulse) {
-    while let Ok(first) = queue.recv() {
+    // Whether something is to be done without being asked.
+    let mut more = false;
+    loop {
+        let first = match if more { queue.try_recv() } else { queue.recv().map_err(Into::into) } {
+            Ok(first) => Some(first),
+            Err(mpsc::TryRecvError::Empty) => None,
+            Err(mpsc::TryRecvError::Disconnected) => break,
+        };
         let mut waiting = Vec::new();
         let mut changes = Vec::new();
         let mut requests = 0;
-        for request in std::iter::once(first).chain(queue.try_iter()) {
+        for request in first.into_iter().chain(queue.try_iter()) {
             requests += 1;
             match request {
                 Request::Change(change, reply) => {
@@ -213,6 +231,7 @@ fn run(mut worker: Worker, queue: &mpsc::Receiver<Request>, pulse: &Pulse) {
             }
         }
         commit(&mut worker, &mut changes, &mut waiting);
+        more = worker.forget_clients();
         pulse.done(requests, worker.is_stale(), worker.totals());
     }
     // A daemon that ends owes what it began: the next one finds nothing to write.
@@ -240,6 +259,8 @@ fn serve(worker: &mut Worker, request: Request) {
         }
         Request::RetryRefused => worker.retry_refused(),
         Request::LookAfter => worker.look_after(),
+        // That is done in every turn.
+        Request::ForgetClients => {}
         Request::Change(..) => unreachable!("changes are collected"),
     }
 }

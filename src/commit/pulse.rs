@@ -25,26 +25,19 @@ struct State {
 impl Pulse {
     /// A request was handed over.
     pub(super) fn asked(&self) {
-        let mut state = self.state();
-        state.waiting += 1;
-        state.since.get_or_insert_with(Instant::now);
+        self.state().asked(Instant::now());
     }
 
     /// So many requests are done.
     pub(super) fn done(&self, count: usize, stale: bool, totals: Totals) {
         let mut state = self.state();
         state.totals = totals;
-        state.waiting = state.waiting.saturating_sub(count);
-        // Whoever still waits came while these were done.
-        state.since = (state.waiting > 0).then(Instant::now);
-        state.stale = stale.then(|| state.stale.unwrap_or_else(Instant::now));
+        state.done(count, stale, Instant::now());
     }
 
     /// For how long changes have waited to get into the kernel, at least; zero if none does.
     pub fn behind(&self) -> Duration {
-        let state = self.state();
-        let oldest = [state.since, state.stale].into_iter().flatten().min();
-        oldest.map_or(Duration::ZERO, |since| since.elapsed())
+        self.state().behind(Instant::now())
     }
 
     /// What all transactions have cost so far.
@@ -58,27 +51,50 @@ impl Pulse {
     }
 }
 
+impl State {
+    fn asked(&mut self, now: Instant) {
+        self.waiting += 1;
+        self.since.get_or_insert(now);
+    }
+
+    fn done(&mut self, count: usize, stale: bool, now: Instant) {
+        self.waiting = self.waiting.saturating_sub(count);
+        // Whoever still waits came while these were done.
+        self.since = (self.waiting > 0).then_some(now);
+        self.stale = stale.then(|| self.stale.unwrap_or(now));
+    }
+
+    fn behind(&self, now: Instant) -> Duration {
+        let oldest = [self.since, self.stale].into_iter().flatten().min();
+        oldest.map_or(Duration::ZERO, |since| now.saturating_duration_since(since))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn what_waits_is_behind() {
-        let pulse = Pulse::default();
-        assert_eq!(pulse.behind(), Duration::ZERO);
-        pulse.asked();
-        pulse.asked();
-        std::thread::sleep(Duration::from_millis(2));
-        assert!(pulse.behind() >= Duration::from_millis(2));
-        pulse.done(2, false, Totals::default());
-        assert_eq!(pulse.behind(), Duration::ZERO);
+        let mut state = State::default();
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let behind = |state: &State, now| state.behind(at(now)).as_secs();
+        assert_eq!(behind(&state, 9), 0);
+        state.asked(at(10));
+        state.asked(at(12));
+        assert_eq!(behind(&state, 15), 5);
+        // One came while the other was done.
+        state.done(1, false, at(16));
+        assert_eq!(behind(&state, 18), 2);
+        state.done(1, false, at(19));
+        assert_eq!(behind(&state, 20), 0);
         // The kernel does not let anybody do anything.
-        pulse.asked();
-        pulse.done(1, true, Totals::default());
-        std::thread::sleep(Duration::from_millis(2));
-        pulse.done(0, true, Totals::default());
-        assert!(pulse.behind() >= Duration::from_millis(2));
-        pulse.done(0, false, Totals::default());
-        assert_eq!(pulse.behind(), Duration::ZERO);
+        state.asked(at(20));
+        state.done(1, true, at(21));
+        state.done(0, true, at(24));
+        assert_eq!(behind(&state, 25), 4);
+        state.done(0, false, at(26));
+        assert_eq!(behind(&state, 27), 0);
     }
 }

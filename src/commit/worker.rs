@@ -3,11 +3,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 
 use super::adopt::{Found, lay_out};
-use super::affinity::Review;
+use super::affinity::{AT_ONCE, Forgotten};
 use super::applied::{Applied, Step};
 use super::blame::{
     Split, is_about_layout, is_denied, is_passing, is_surprise, is_unknown_flag, split,
@@ -16,9 +17,9 @@ use super::flows::{Suspects, Sweeper};
 use super::listing;
 use super::{Adoption, Change, CommitError, Report, Totals};
 use crate::model::NodeContext;
-use crate::netlink::{Batch, Error, Socket, TableFlags};
+use crate::netlink::{Batch, Element, Error, Socket, TableFlags};
 use crate::plan::{Desired, ServicePlan};
-use crate::ruleset::{Contribution, PoolSlots, Subject, TABLE};
+use crate::ruleset::{Contribution, PoolSlots, SetName, Subject, TABLE};
 
 /// A subject and the contribution that it shall have.
 pub(super) type Target = (Subject, Option<Contribution>);
@@ -56,6 +57,8 @@ pub struct Worker {
     /// desired. They are tried again with their next change or [`Worker::retry_refused`].
     refused: Refused,
     sweeper: Sweeper,
+    /// Clients that are to be forgotten.
+    forgotten: Vec<Forgotten>,
     totals: Totals,
     report: Box<dyn FnMut(Report) + Send>,
 }
@@ -83,6 +86,7 @@ impl Worker {
             listed: None,
             refused: Refused::new(),
             sweeper: Sweeper::start(),
+            forgotten: Vec::new(),
             totals: Totals::default(),
             report: Box::new(report),
         })
@@ -179,9 +183,10 @@ impl Worker {
         self.socket.generation().is_ok_and(|now| now != then.wrapping_add(ours))
     }
 
-    /// Waits until the connections are deleted that may not go on.
-    pub fn finish_sweeps(&self) {
+    /// Waits until the connections are deleted that may not go on, and forgets clients as needed.
+    pub fn finish_sweeps(&mut self) {
         self.sweeper.finish();
+        while self.forget_clients() {}
     }
 
     fn commit_subjects(&mut self, subjects: &BTreeSet<Subject>) -> Refused {
@@ -313,11 +318,6 @@ impl Worker {
     }
 
     fn install(&mut self, step: Step, suspects: &mut Suspects) {
-        let mut review = Review::default();
-        for (subject, next) in step.changes() {
-            review.note(self.applied.contribution(subject), next.as_ref());
-        }
-        self.forget(&review);
         for (subject, next) in step.changes() {
             suspects.note(self.applied.contribution(subject), next.as_ref());
         }
@@ -329,16 +329,45 @@ impl Worker {
         self.applied.install(step);
     }
 
-    /// Forgets clients that are remembered for endpoints that serve them no more.
-    fn forget(&mut self, review: &Review) {
-        match review.carry_out(&mut self.socket) {
-            Ok(0) => {}
-            Ok(count) => tracing::debug!(count, "forgot clients of endpoints that left"),
-            Err(error) => tracing::warn!(
-                error = &error as &dyn std::error::Error,
-                "clients may be sent to an endpoint that left, until their time is up",
-            ),
+    /// Forgets some of the clients that are remembered for endpoints that serve them no more.
+    /// Returns whether there are others.
+    pub fn forget_clients(&mut self) -> bool {
+        self.forgotten.extend(self.sweeper.forgotten());
+        let chunk: Vec<Forgotten> =
+            self.forgotten.drain(..AT_ONCE.min(self.forgotten.len())).collect();
+        let mut parts = vec![chunk];
+        // Each part is deleted, or becomes smaller.
+        while let Some(part) = parts.pop() {
+            if part.is_empty() {
+                continue;
+            }
+            let mut batch = Batch::new(TABLE);
+            for (family, key) in &part {
+                batch.delete_element(&SetName::Affinity(*family).name(), &Element::key(key));
+            }
+            match self.send(batch) {
+                Ok(()) => tracing::debug!(count = part.len(), "forgot clients"),
+                // Their time was up meanwhile.
+                Err(Error::Refused(refusals))
+                    if refusals.iter().all(|r| r.error.kind() == io::ErrorKind::NotFound) =>
+                {
+                    let (first, second) = part.split_at(part.len() / 2);
+                    if !first.is_empty() {
+                        parts.extend([first.to_vec(), second.to_vec()]);
+                    }
+                }
+                Err(error) => tracing::warn!(
+                    error = &error as &dyn std::error::Error,
+                    "clients may be sent to an endpoint that left",
+                ),
+            }
         }
+        !self.forgotten.is_empty()
+    }
+
+    /// Has `wake` called whenever there is something for [`Worker::forget_clients`] to do.
+    pub(super) fn wake_by(&self, wake: impl Fn() + Send + 'static) {
+        self.sweeper.wake_by(wake);
     }
 
     /// Lists the table and makes it what is desired, whatever it holds. Subjects that the kernel
@@ -472,15 +501,11 @@ impl Worker {
         self.sweeper.settle(self.applied.contributions(), come);
         // Whatever there was to write: a daemon that was killed may have left what must not go on.
         let mut suspects = Suspects::default();
+        suspects.lapsed.look_anywhere();
         for (_, contribution) in &targets {
             suspects.note(None, contribution.as_ref());
         }
         self.sweeper.sweep(suspects);
-        let mut review = Review::default();
-        for (_, contribution) in &targets {
-            review.note(None, contribution.as_ref());
-        }
-        self.forget(&review);
         self.applied = Applied::new(targets);
         Ok(Adoption { found: present, replaced, operations })
     }

@@ -3,6 +3,7 @@
 //! [`server`] answers for the proxy as a whole, as kube-proxy does at its port 10256. [`services`]
 //! answers for each Service with a `healthCheckNodePort`.
 
+mod connections;
 pub mod server;
 pub mod services;
 
@@ -10,6 +11,8 @@ use std::time::Duration;
 
 use crate::commit::Pulse;
 use crate::report::Reporter;
+
+pub use connections::Connections;
 
 /// For how long changes may wait to get into the kernel before the proxy does not count as healthy:
 /// twice kube-proxy's default `syncPeriod`, as there.

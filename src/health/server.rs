@@ -3,6 +3,7 @@
 //! Paths, status codes and fields are those of kube-proxy (`pkg/proxy/healthcheck`), so that probes
 //! of `DaemonSet`s and cloud load balancers need not know which proxy answers.
 
+use std::convert::Infallible;
 use std::net::{Ipv6Addr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -15,7 +16,7 @@ use jiff::Timestamp;
 use serde_json::json;
 use tokio::net::TcpListener;
 
-use super::Health;
+use super::{Connections, Health};
 
 /// How long to wait before an address is tried again that cannot be listened at.
 const AGAIN: Duration = Duration::from_secs(5);
@@ -85,17 +86,16 @@ async fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
 
 /// Serves `routes` at `address`, for ever. While somebody else listens there, it is said once and
 /// tried again every five seconds: nothing else depends on it.
-pub async fn serve(what: &'static str, address: SocketAddr, routes: Router) {
+pub async fn serve(
+    what: &'static str,
+    address: SocketAddr,
+    routes: Router,
+    connections: Connections,
+) -> Infallible {
     let mut said = false;
-    loop {
+    let listener = loop {
         match listen(address).await {
-            Ok(listener) => {
-                tracing::info!(what, %address, "listening");
-                said = false;
-                if let Err(error) = axum::serve(listener, routes.clone()).await {
-                    tracing::warn!(what, %address, %error, "no longer listening");
-                }
-            }
+            Ok(listener) => break listener,
             Err(error) if !said => {
                 tracing::warn!(what, %address, %error, "cannot listen; tried again");
                 said = true;
@@ -103,5 +103,7 @@ pub async fn serve(what: &'static str, address: SocketAddr, routes: Router) {
             Err(_) => {}
         }
         tokio::time::sleep(AGAIN).await;
-    }
+    };
+    tracing::info!(what, %address, "listening");
+    connections.answer(&listener, &routes).await
 }

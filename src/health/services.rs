@@ -4,10 +4,10 @@
 //! headers of the question do not matter; the answer is that of kube-proxy
 //! (`pkg/proxy/healthcheck/service_health.go`).
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
+use std::convert::Infallible;
+use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use axum::Router;
@@ -16,11 +16,10 @@ use axum::http::{HeaderValue, Response};
 use nix::sys::socket::sockopt::{IpFreebind, ReuseAddr};
 use serde_json::json;
 use tokio::net::{TcpListener, TcpSocket};
-use tokio::sync::mpsc;
-use tokio::task::AbortHandle;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
 
-use super::Health;
-use super::server::answer;
+use super::{Connections, Health};
 use crate::commit::Report;
 use crate::model::{Diagnostic, Family, NodeContext, ObjectKind, ObjectRef, ServiceName, Severity};
 use crate::plan::HealthCheck;
@@ -59,43 +58,83 @@ impl Checks {
 }
 
 /// Answers for all Services that are told of, for ever.
-pub async fn serve(mut told: Told, health: Health, reporter: Reporter) {
-    let mut servers: HashMap<ServiceName, Server> = HashMap::new();
+pub async fn serve(mut told: Told, connections: Connections, health: Health, reporter: Reporter) {
+    let mut checks: BTreeMap<ServiceName, HealthCheck> = BTreeMap::new();
+    let mut listeners = Listeners::new(connections, health);
     let mut node = reporter.watch_node();
     let mut look = tokio::time::interval(LOOK);
+    look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut addresses = BTreeSet::new();
+    let mut news = Vec::new();
+    let mut said = BTreeSet::new();
     loop {
+        let mut again = false;
         tokio::select! {
-            next = told.0.recv() => {
-                let Some((service, check)) = next else { return };
-                let Some(check) = check else {
-                    if let Some(server) = servers.remove(&service) {
-                        server.end();
-                        reporter.health_check(&service, None);
-                    }
+            // All that is there: a port may go from one Service to another.
+            count = told.0.recv_many(&mut news, usize::MAX) => {
+                if count == 0 {
+                    return;
+                }
+                let mut changed = false;
+                for (service, check) in news.drain(..) {
+                    let before = match check.clone() {
+                        Some(check) => checks.insert(service, check),
+                        None => checks.remove(&service),
+                    };
+                    changed |= before != check;
+                }
+                if !changed {
                     continue;
-                };
-                let server = servers.entry(service.clone()).or_default();
-                server.set(&check);
-                server.listen(&service, &addresses, &health, &reporter);
+                }
             }
             changed = node.changed() => {
                 if changed.is_err() {
                     return;
                 }
                 addresses = node.borrow().as_ref().map(|node| served_at(node)).unwrap_or_default();
-                for (service, server) in &mut servers {
-                    server.listen(service, &addresses, &health, &reporter);
-                }
             }
-            _ = look.tick(), if !servers.is_empty() => {
+            _ = look.tick(), if !checks.is_empty() => {
                 addresses = node.borrow().as_ref().map(|node| served_at(node)).unwrap_or_default();
-                for (service, server) in &mut servers {
-                    server.listen(service, &addresses, &health, &reporter);
-                }
+                again = true;
+            }
+        }
+        let answers = answers(&checks, &addresses);
+        listeners.answer(&answers, again).await;
+        let mut failed: BTreeMap<&ServiceName, Vec<String>> = BTreeMap::new();
+        for (address, error) in listeners.failed() {
+            let service = &answers[address].service;
+            failed.entry(service).or_default().push(format!("{address}: {error}"));
+        }
+        said.retain(|service| {
+            let resolved = !failed.contains_key(service);
+            if resolved {
+                reporter.health_check(service, None);
+            }
+            !resolved
+        });
+        for (service, failed) in failed {
+            reporter.health_check(service, Some(problem(service, &failed)));
+            said.insert(service.clone());
+        }
+    }
+}
+
+/// What is to be answered where. No two Services have one port ([`crate::plan::Claim`]), but for the
+/// moment in which one of them has been told of and the other has not.
+fn answers(
+    checks: &BTreeMap<ServiceName, HealthCheck>,
+    addresses: &BTreeSet<IpAddr>,
+) -> BTreeMap<SocketAddr, Answer> {
+    let mut answers = BTreeMap::new();
+    for (service, check) in checks {
+        for &address in addresses {
+            if let Some(&local) = check.local_endpoints.get(&Family::of(address)) {
+                let answer = Answer { service: service.clone(), local };
+                answers.insert(SocketAddr::new(address, check.port), answer);
             }
         }
     }
+    answers
 }
 
 /// The addresses at which node ports are served: the node's primary ones, be they there yet or not,
@@ -109,80 +148,93 @@ fn served_at(node: &NodeContext) -> BTreeSet<IpAddr> {
     single.chain(own.filter(|own| cidrs.iter().any(|cidr| cidr.contains(own)))).collect()
 }
 
-/// The listeners of one Service.
-#[derive(Debug, Default)]
-struct Server {
-    port: u16,
-    /// How many endpoints are here, by family.
-    local: BTreeMap<Family, Arc<AtomicUsize>>,
-    listeners: BTreeMap<IpAddr, AbortHandle>,
+/// What is answered at one address.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Answer {
+    service: ServiceName,
+    /// How many endpoints are here.
+    local: usize,
 }
 
-impl Server {
-    fn set(&mut self, check: &HealthCheck) {
-        if self.port != check.port {
-            self.end_all();
-            self.port = check.port;
-        }
-        self.local.retain(|family, _| check.local_endpoints.contains_key(family));
-        for (family, count) in &check.local_endpoints {
-            self.local.entry(*family).or_default().store(*count, Ordering::Relaxed);
-        }
+/// All listeners. Each belongs to its address and not to a Service: whose turn it is there is only
+/// another answer, so that a port which changes hands is never closed.
+#[derive(Debug)]
+struct Listeners {
+    connections: Connections,
+    health: Health,
+    open: BTreeMap<SocketAddr, Listener>,
+    /// Where listening has failed, and is tried again with every look.
+    failed: BTreeMap<SocketAddr, Failure>,
+}
+
+#[derive(Debug)]
+struct Listener {
+    answer: watch::Sender<Answer>,
+    task: JoinHandle<Infallible>,
+}
+
+#[derive(Debug)]
+struct Failure {
+    error: io::Error,
+    /// How many looks have met it. Who holds the port may be about to end, so one says nothing.
+    looks: usize,
+}
+
+impl Listeners {
+    fn new(connections: Connections, health: Health) -> Listeners {
+        Listeners { connections, health, open: BTreeMap::new(), failed: BTreeMap::new() }
     }
 
-    /// Listens where it should and does not yet, and no longer where it should not.
-    fn listen(
-        &mut self,
-        service: &ServiceName,
-        addresses: &BTreeSet<IpAddr>,
-        health: &Health,
-        reporter: &Reporter,
-    ) {
-        let wanted = |address: &IpAddr| {
-            addresses.contains(address) && self.local.contains_key(&Family::of(*address))
-        };
-        self.listeners.retain(|address, listener| {
-            let keep = wanted(address) && !listener.is_finished();
-            if !keep {
-                listener.abort();
-            }
-            keep
-        });
-        let mut failed = Vec::new();
-        for &address in addresses {
-            let Some(local) = self.local.get(&Family::of(address)) else { continue };
-            if self.listeners.contains_key(&address) {
+    /// Answers so from now on, and nowhere else. Where that has failed before, it is tried `again` or
+    /// not.
+    async fn answer(&mut self, answers: &BTreeMap<SocketAddr, Answer>, again: bool) {
+        let ended = self.open.extract_if(.., |address, _| !answers.contains_key(address));
+        for (_, listener) in ended {
+            listener.task.abort();
+            // Only when the task is gone is its address free.
+            let _ = listener.task.await;
+        }
+        self.failed.retain(|address, _| answers.contains_key(address));
+        for (&address, answer) in answers {
+            if let Some(listener) = self.open.get(&address) {
+                listener.answer.send_replace(answer.clone());
                 continue;
             }
-            let address_and_port = SocketAddr::new(address, self.port);
-            match bind(address_and_port) {
+            let looks = match self.failed.get(&address) {
+                Some(_) if !again => continue,
+                before => before.map_or(0, |failure| failure.looks) + usize::from(again),
+            };
+            match bind(address) {
                 Ok(listener) => {
-                    let routes = routes(service, local, health);
-                    let serving = tokio::spawn(async move {
-                        // It ends only with its task.
-                        let _ = axum::serve(listener, routes).await;
-                    });
-                    self.listeners.insert(address, serving.abort_handle());
+                    self.failed.remove(&address);
+                    let listener = self.listen(listener, answer.clone());
+                    self.open.insert(address, listener);
                 }
-                Err(error) => failed.push(format!("{address_and_port}: {error}")),
+                Err(error) => {
+                    self.failed.insert(address, Failure { error, looks });
+                }
             }
         }
-        reporter.health_check(service, problem(service, &failed));
     }
 
-    fn end_all(&mut self) {
-        for (_, listener) in std::mem::take(&mut self.listeners) {
-            listener.abort();
-        }
+    fn listen(&self, listener: TcpListener, answer: Answer) -> Listener {
+        let (answer, now) = watch::channel(answer);
+        let (health, connections) = (self.health.clone(), self.connections.clone());
+        let routes =
+            Router::new().fallback(async move || response(&now.borrow(), health.is_alive()));
+        let task = tokio::spawn(async move { connections.answer(&listener, &routes).await });
+        Listener { answer, task }
     }
 
-    fn end(mut self) {
-        self.end_all();
+    /// Where listening keeps failing, and why.
+    fn failed(&self) -> impl Iterator<Item = (&SocketAddr, &io::Error)> {
+        let lasting = self.failed.iter().filter(|(_, failure)| failure.looks > 1);
+        lasting.map(|(address, failure)| (address, &failure.error))
     }
 }
 
 /// Listens at an address, also if the node has not got it yet.
-fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
+fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     let socket = match address {
         SocketAddr::V4(_) => TcpSocket::new_v4()?,
         SocketAddr::V6(_) => TcpSocket::new_v6()?,
@@ -193,25 +245,20 @@ fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
     socket.listen(128)
 }
 
-fn routes(service: &ServiceName, local: &Arc<AtomicUsize>, health: &Health) -> Router {
-    let (service, local, health) = (service.clone(), Arc::clone(local), health.clone());
-    let answer = async move || told(&service, local.load(Ordering::Relaxed), health.is_alive());
-    Router::new().fallback(answer)
-}
-
-fn told(service: &ServiceName, local: usize, healthy: bool) -> Response<Body> {
+fn response(answer: &Answer, healthy: bool) -> Response<Body> {
+    let Answer { service, local } = answer;
     let body = json!({
         "service": { "namespace": &*service.namespace, "name": &*service.name },
         "localEndpoints": local,
         "serviceProxyHealthy": healthy,
     });
-    let mut response = answer(local > 0 && healthy, format!("{body:#}\n"));
-    response.headers_mut().insert("x-load-balancing-endpoint-weight", HeaderValue::from(local));
+    let mut response = super::server::answer(*local > 0 && healthy, format!("{body:#}\n"));
+    response.headers_mut().insert("x-load-balancing-endpoint-weight", HeaderValue::from(*local));
     response
 }
 
-fn problem(service: &ServiceName, failed: &[String]) -> Option<Diagnostic> {
-    (!failed.is_empty()).then(|| Diagnostic {
+fn problem(service: &ServiceName, failed: &[String]) -> Diagnostic {
+    Diagnostic {
         object: ObjectRef {
             kind: ObjectKind::Service,
             namespace: service.namespace.clone(),
@@ -223,5 +270,62 @@ fn problem(service: &ServiceName, failed: &[String]) -> Option<Diagnostic> {
             "cannot listen at {}; tried again, and until then load balancers get no answer there",
             failed.join(", "),
         ),
-    })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::commit::Pulse;
+
+    fn listeners() -> Listeners {
+        let health = Health::new(Pulse::default(), Reporter::new("worker".into()));
+        Listeners::new(Connections::default(), health)
+    }
+
+    fn answers(address: SocketAddr, name: &str) -> BTreeMap<SocketAddr, Answer> {
+        [(address, Answer { service: ServiceName::new("shop", name), local: 1 })].into()
+    }
+
+    fn free_address() -> SocketAddr {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        listener.local_addr().unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_port_changes_hands() {
+        let (address, mut listeners) = (free_address(), listeners());
+        listeners.answer(&answers(address, "web"), false).await;
+        let task = listeners.open[&address].task.id();
+        listeners.answer(&answers(address, "api"), false).await;
+        let listener = &listeners.open[&address];
+        assert_eq!(*listener.answer.borrow(), answers(address, "api")[&address]);
+        assert_eq!(listener.task.id(), task, "it was closed in between");
+        for _ in 0..100 {
+            listeners.answer(&BTreeMap::new(), false).await;
+            listeners.answer(&answers(address, "web"), false).await;
+            assert!(listeners.failed.is_empty(), "{:?}", listeners.failed);
+        }
+    }
+
+    #[tokio::test]
+    async fn what_fails_once_is_not_said() {
+        let holder = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let (address, mut listeners) = (holder.local_addr().unwrap(), listeners());
+        let answers = answers(address, "web");
+        for (again, failed) in [(false, 0), (false, 0), (true, 0), (true, 1), (false, 1)] {
+            listeners.answer(&answers, again).await;
+            assert_eq!(listeners.failed().count(), failed);
+        }
+        drop(holder);
+        listeners.answer(&answers, true).await;
+        assert!(listeners.failed.is_empty() && listeners.open.contains_key(&address));
+        // Who has no such port any more has no such trouble.
+        let holder = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let other = self::answers(holder.local_addr().unwrap(), "web");
+        listeners.answer(&other, false).await;
+        assert_eq!((listeners.open.len(), listeners.failed.len()), (0, 1));
+        listeners.answer(&BTreeMap::new(), false).await;
+        assert!(listeners.failed.is_empty());
+    }
 }

@@ -53,6 +53,8 @@ pub struct Endpoint {
     pub readiness: Readiness,
     /// `nodeName`: where it runs, if that is known.
     pub node: Option<Arc<str>>,
+    /// How many connections it gets in proportion to others, where the Service asks for that.
+    pub weight: u8,
     /// `hints`: where clients are that should use it; `None` for none, or empty ones.
     pub hints: Option<Arc<Hints>>,
 }
@@ -60,7 +62,7 @@ pub struct Endpoint {
 impl Endpoint {
     /// A ready endpoint of which nothing else is known.
     pub fn new(address: IpAddr) -> Endpoint {
-        Endpoint { address, readiness: Readiness::Ready, node: None, hints: None }
+        Endpoint { address, readiness: Readiness::Ready, node: None, weight: 1, hints: None }
     }
 }
 

@@ -1,11 +1,14 @@
 //! The node that this proxy runs on.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net};
 
 use super::{Diagnostic, Family};
+
+/// `127.0.0.0/8`
+const LOOPBACK4: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(127, 0, 0, 0), 8);
 
 /// What the proxy knows of its node from the cluster.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -46,8 +49,12 @@ pub enum NodePortAddresses {
 /// How connections of pods on this node are told from others (`detectLocalMode`).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum LocalTraffic {
-    /// By their source, the node's own pod CIDRs ([`Node::pod_cidrs`]).
+    /// Nobody said. The node's own pod CIDRs ([`Node::pod_cidrs`]) tell whom the policy `Local` must
+    /// not leave without endpoints; but as not every network plugin keeps to them, nobody loses its
+    /// address for them.
     #[default]
+    Unknown,
+    /// By their source, the node's own pod CIDRs.
     NodeCidrs,
     /// By their source, in one of these CIDRs.
     Cidrs(Vec<IpNet>),
@@ -70,6 +77,8 @@ pub struct NodeContext {
     pub local_traffic: LocalTraffic,
     /// Whether every connection to a cluster IP is masqueraded.
     pub masquerade_all: bool,
+    /// Whether node ports are served to the node itself at its IPv4 loopback addresses.
+    pub localhost_nodeports: bool,
     /// The networks of all cluster IPs (`ServiceCIDR` objects): sorted by the objects' names. Where
     /// none is known, addresses that no Service has are left alone.
     pub service_cidrs: Vec<IpNet>,
@@ -86,6 +95,7 @@ impl NodeContext {
             nodeport_addresses: NodePortAddresses::Primary,
             local_traffic: LocalTraffic::default(),
             masquerade_all: false,
+            localhost_nodeports: false,
             service_cidrs: Vec::new(),
             service_cidr_diagnostics: Vec::new(),
         }
@@ -100,7 +110,7 @@ impl NodeContext {
     /// disjoint, sorted.
     pub fn pod_cidrs(&self, family: Family) -> Vec<IpNet> {
         let cidrs: &[IpNet] = match &self.local_traffic {
-            LocalTraffic::NodeCidrs => &self.node.pod_cidrs,
+            LocalTraffic::Unknown | LocalTraffic::NodeCidrs => &self.node.pod_cidrs,
             LocalTraffic::Cidrs(cidrs) => cidrs,
             LocalTraffic::Bridge(_) | LocalTraffic::InterfacePrefix(_) => &[],
         };
@@ -114,11 +124,21 @@ impl NodeContext {
             return Vec::new();
         }
         match &self.local_traffic {
+            LocalTraffic::Unknown => vec![family.everything()],
             LocalTraffic::Bridge(_) | LocalTraffic::InterfacePrefix(_) => Vec::new(),
             LocalTraffic::NodeCidrs | LocalTraffic::Cidrs(_) => {
                 let cidrs = self.pod_cidrs(family);
                 if cidrs.is_empty() { vec![family.everything()] } else { cidrs }
             }
+        }
+    }
+
+    /// The loopback addresses of `family` at which node ports are served. IPv6 has no such: the
+    /// kernel lets nothing with the source `::1` leave (there is no `route_localnet`).
+    pub fn localhost_cidrs(&self, family: Family) -> Vec<IpNet> {
+        match family {
+            Family::V4 if self.localhost_nodeports => vec![IpNet::from(LOOPBACK4)],
+            Family::V4 | Family::V6 => Vec::new(),
         }
     }
 

@@ -131,6 +131,8 @@ pub enum TrafficPolicy {
 pub enum Balancing {
     /// At random, anew for each connection.
     Random,
+    /// The same, by the endpoints' weights ([`super::Endpoint::weight`]).
+    Weighted,
     /// By a hash of the client's address: the same one as long as their number stays the same.
     SourceHash,
 }

@@ -19,8 +19,15 @@ pub type Tag = u32;
 
 /// `NFNL_SUBSYS_NFTABLES`.
 pub(super) const SUBSYSTEM: u16 = 10;
+// include/uapi/linux/netfilter.h
+/// `NFPROTO_UNSPEC`.
+const NFPROTO_UNSPEC: u8 = 0;
 /// `NFPROTO_INET`.
 pub(super) const NFPROTO_INET: u8 = 1;
+/// `NFPROTO_IPV4`.
+const NFPROTO_IPV4: u8 = 2;
+/// `NFPROTO_IPV6`.
+const NFPROTO_IPV6: u8 = 10;
 /// `struct nlmsghdr` and `struct nfgenmsg`.
 pub(super) const HEADERS: usize = 16 + 4;
 /// The most bytes of elements in one message: their list is an attribute, which holds 64 KiB.
@@ -48,8 +55,6 @@ const NLM_F_APPEND: u16 = 0x800;
 
 /// The longest comment that nft takes and prints (`NFTNL_UDATA_COMMENT_MAXLEN` less the NUL).
 const MAX_COMMENT: usize = 127;
-/// Bytes of `struct nlmsghdr`.
-const NLMSGHDR: usize = 16;
 
 /// A transaction on one table, in the making.
 #[derive(Debug)]
@@ -100,13 +105,26 @@ impl Message {
 impl Batch {
     /// An empty transaction on the `inet` table `table`.
     pub fn new(table: &str) -> Batch {
+        Batch::of(NFPROTO_INET, table)
+    }
+
+    /// An empty transaction on the table `table` of one family: not ours, which has both.
+    pub fn of_family(family: Family, table: &str) -> Batch {
+        let nfproto = match family {
+            Family::V4 => NFPROTO_IPV4,
+            Family::V6 => NFPROTO_IPV6,
+        };
+        Batch::of(nfproto, table)
+    }
+
+    fn of(nfproto: u8, table: &str) -> Batch {
         Batch {
             table: table.to_owned(),
             tag: 0,
-            making: Messages::default(),
-            deleting: Streams::default(),
-            adding: Streams::default(),
-            removing: Messages::default(),
+            making: Messages::of(nfproto),
+            deleting: Streams::of(nfproto),
+            adding: Streams::of(nfproto),
+            removing: Messages::of(nfproto),
             next_set_id: 1,
             operations: 0,
         }
@@ -140,18 +158,6 @@ impl Batch {
         let table = self.table.clone();
         let subject = Subject::Table(table.clone());
         self.make(NFT_MSG_DELTABLE, 0, subject, |out| put_str(out, 1, &table));
-    }
-
-    /// Deletes another table, of one family, with all that is in it.
-    pub fn delete_other_table(&mut self, family: Family, table: &str) {
-        let nfproto = match family {
-            Family::V4 => 2,  // NFPROTO_IPV4
-            Family::V6 => 10, // NFPROTO_IPV6
-        };
-        let subject = Subject::Table(table.to_owned());
-        let start = self.making.bytes.len();
-        self.make(NFT_MSG_DELTABLE, 0, subject, |out| put_str(out, 1, table));
-        self.making.bytes[start + NLMSGHDR] = nfproto; // nfgen_family
     }
 
     /// Makes a chain.
@@ -225,7 +231,7 @@ impl Batch {
     pub fn add_element(&mut self, set: &str, element: &Element<'_>) {
         self.operations += 1;
         let stream =
-            self.adding.of(&self.table, set, NFT_MSG_NEWSETELEM, NLM_F_CREATE | NLM_F_EXCL);
+            self.adding.stream(&self.table, set, NFT_MSG_NEWSETELEM, NLM_F_CREATE | NLM_F_EXCL);
         stream.push(self.tag, |out| encode_element(out, element, element.key, 0));
         if let Some(end) = element.end {
             // NFT_SET_ELEM_INTERVAL_END
@@ -236,7 +242,7 @@ impl Batch {
     /// Deletes an element, by its key; the kernel refuses if it is not there.
     pub fn delete_element(&mut self, set: &str, element: &Element<'_>) {
         self.operations += 1;
-        let stream = self.deleting.of(&self.table, set, NFT_MSG_DELSETELEM, 0);
+        let stream = self.deleting.stream(&self.table, set, NFT_MSG_DELSETELEM, 0);
         stream
             .push(self.tag, |out| encode_element(out, &Element::key(element.key), element.key, 0));
         if let Some(end) = element.end {
@@ -275,7 +281,8 @@ impl Batch {
             .collect();
 
         let size = parts.iter().map(|part| part.bytes.len()).sum::<usize>() + 2 * HEADERS;
-        let mut whole = Messages { bytes: Vec::with_capacity(size), index: Vec::new() };
+        let mut whole = Messages::of(NFPROTO_UNSPEC);
+        whole.bytes.reserve_exact(size);
         whole.marker(NFNL_MSG_BATCH_BEGIN);
         for part in parts {
             whole.append(part);
@@ -288,7 +295,7 @@ impl Batch {
         }
         whole.marker(NFNL_MSG_BATCH_END);
 
-        let Messages { mut bytes, index: messages } = whole;
+        let Messages { mut bytes, index: messages, .. } = whole;
         for (sequence, message) in messages.iter().enumerate() {
             let sequence = u32::try_from(sequence).expect("fewer messages than sequence numbers");
             let at = message.range.start + 8;
@@ -316,13 +323,19 @@ impl Encoded {
 }
 
 /// Messages one behind the other.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Messages {
+    /// The family of the tables that they are about.
+    nfproto: u8,
     bytes: Vec<u8>,
     index: Vec<Message>,
 }
 
 impl Messages {
+    fn of(nfproto: u8) -> Messages {
+        Messages { nfproto, bytes: Vec::new(), index: Vec::new() }
+    }
+
     fn push(
         &mut self,
         kind: u16,
@@ -331,7 +344,7 @@ impl Messages {
         tag: Tag,
         fill: impl FnOnce(&mut Vec<u8>),
     ) {
-        let start = begin_message(&mut self.bytes, SUBSYSTEM << 8 | kind, flags, 0);
+        let start = begin(&mut self.bytes, self.nfproto, SUBSYSTEM << 8 | kind, flags, 0);
         fill(&mut self.bytes);
         end_message(&mut self.bytes, start);
         self.index.push(Message { range: start..self.bytes.len(), subject, tags: vec![(0, tag)] });
@@ -339,7 +352,7 @@ impl Messages {
 
     /// The message that begins or ends a batch.
     fn marker(&mut self, kind: u16) {
-        let start = begin_message(&mut self.bytes, kind, 0, SUBSYSTEM);
+        let start = begin(&mut self.bytes, NFPROTO_UNSPEC, kind, 0, SUBSYSTEM);
         end_message(&mut self.bytes, start);
         let range = start..self.bytes.len();
         self.index.push(Message { range, subject: Subject::Transaction, tags: Vec::new() });
@@ -356,8 +369,10 @@ impl Messages {
 }
 
 /// Element messages of one kind, one stream for each set.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Streams {
+    /// The family of their table.
+    nfproto: u8,
     /// In the order in which they began.
     all: Vec<Stream>,
     by_set: HashMap<String, usize>,
@@ -366,7 +381,11 @@ struct Streams {
 }
 
 impl Streams {
-    fn of(&mut self, table: &str, set: &str, kind: u16, flags: u16) -> &mut Stream {
+    fn of(nfproto: u8) -> Streams {
+        Streams { nfproto, all: Vec::new(), by_set: HashMap::new(), last: 0 }
+    }
+
+    fn stream(&mut self, table: &str, set: &str, kind: u16, flags: u16) -> &mut Stream {
         if self.all.get(self.last).is_none_or(|stream| stream.set != set) {
             self.last = self.by_set.get(set).copied().unwrap_or_else(|| {
                 self.by_set.insert(set.to_owned(), self.all.len());
@@ -375,7 +394,7 @@ impl Streams {
                     set: set.to_owned(),
                     kind,
                     flags,
-                    messages: Messages::default(),
+                    messages: Messages::of(self.nfproto),
                     current: None,
                 });
                 self.all.len() - 1
@@ -424,7 +443,7 @@ impl Stream {
         let current = match &mut self.current {
             Some(current) => current,
             None => self.current.insert(begin_elements(
-                &mut self.messages.bytes,
+                &mut self.messages,
                 self.kind,
                 self.flags,
                 &self.table,
@@ -449,8 +468,15 @@ impl Stream {
     }
 }
 
-fn begin_elements(out: &mut Vec<u8>, kind: u16, flags: u16, table: &str, set: &str) -> Current {
-    let start = begin_message(out, SUBSYSTEM << 8 | kind, flags, 0);
+fn begin_elements(
+    messages: &mut Messages,
+    kind: u16,
+    flags: u16,
+    table: &str,
+    set: &str,
+) -> Current {
+    let out = &mut messages.bytes;
+    let start = begin(out, messages.nfproto, SUBSYSTEM << 8 | kind, flags, 0);
     put_str(out, 1, table); // NFTA_SET_ELEM_LIST_TABLE
     put_str(out, 2, set); // NFTA_SET_ELEM_LIST_SET
     let list = open(out, 3); // NFTA_SET_ELEM_LIST_ELEMENTS
@@ -500,15 +526,20 @@ pub fn shorten(comment: &str) -> &str {
     &comment[..comment.floor_char_boundary(MAX_COMMENT)]
 }
 
-/// Begins a message with `struct nlmsghdr` and `struct nfgenmsg`; [`end_message`] sets its length.
+/// Begins a message about an `inet` table with `struct nlmsghdr` and `struct nfgenmsg`;
+/// [`end_message`] sets its length.
 pub(super) fn begin_message(out: &mut Vec<u8>, kind: u16, flags: u16, resource: u16) -> usize {
+    begin(out, NFPROTO_INET, kind, flags, resource)
+}
+
+/// As [`begin_message`], for a table of any family.
+fn begin(out: &mut Vec<u8>, nfproto: u8, kind: u16, flags: u16, resource: u16) -> usize {
     let start = out.len();
-    let family = if resource == 0 { NFPROTO_INET } else { 0 };
     out.extend_from_slice(&[0; 4]);
     out.extend_from_slice(&kind.to_ne_bytes());
     out.extend_from_slice(&(NLM_F_REQUEST | flags).to_ne_bytes());
     out.extend_from_slice(&[0; 8]); // sequence number, port
-    out.extend_from_slice(&[family, 0]); // NFNETLINK_V0
+    out.extend_from_slice(&[nfproto, 0]); // nfgen_family, NFNETLINK_V0
     out.extend_from_slice(&resource.to_be_bytes());
     start
 }
@@ -517,4 +548,30 @@ pub(super) fn begin_message(out: &mut Vec<u8>, kind: u16, flags: u16, resource: 
 pub(super) fn end_message(out: &mut [u8], start: usize) {
     let length = u32::try_from(out.len() - start).expect("a message is shorter than 4 GiB");
     out[start..start + 4].copy_from_slice(&length.to_ne_bytes());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_message_has_the_family_of_its_table() {
+        for (mut batch, nfproto) in [
+            (Batch::new("t"), NFPROTO_INET),
+            (Batch::of_family(Family::V4, "t"), NFPROTO_IPV4),
+            (Batch::of_family(Family::V6, "t"), NFPROTO_IPV6),
+        ] {
+            batch.delete_table();
+            batch.add_element("s", &Element::key(&[1]));
+            batch.delete_element("s", &Element::key(&[2]));
+            batch.delete_chain("c");
+            let Encoded { bytes, messages } = batch.finish();
+            // Behind `struct nlmsghdr`.
+            let families: Vec<u8> =
+                messages.iter().map(|message| bytes[message.range.start + 16]).collect();
+            let mut expected = [nfproto; 6];
+            (expected[0], expected[5]) = (NFPROTO_UNSPEC, NFPROTO_UNSPEC);
+            assert_eq!(families, expected);
+        }
+    }
 }

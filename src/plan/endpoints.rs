@@ -29,6 +29,8 @@ pub(super) struct Serving {
 pub(super) struct Wanted {
     pub cluster: bool,
     pub local: bool,
+    /// Whether each backend is to be listed as often as its weight says.
+    pub weighted: bool,
 }
 
 /// What is known of a backend from all slices that have it.
@@ -36,6 +38,7 @@ pub(super) struct Wanted {
 struct Known<'a> {
     readiness: Readiness,
     here: bool,
+    weight: u8,
     hints: Option<&'a Hints>,
 }
 
@@ -70,6 +73,11 @@ pub(super) fn serving(
             serving.local = choose(&|known| leaving(known) && known.here);
         }
     }
+    if wanted.weighted {
+        for list in [&mut serving.cluster, &mut serving.local] {
+            *list = weighted(list, &known);
+        }
+    }
     serving.lasting = choose(&|known| ready(known) || leaving(known));
     serving.any = !serving.lasting.is_empty();
     let ready_here = known.iter().filter(|(_, known)| ready(known) && known.here);
@@ -80,6 +88,23 @@ pub(super) fn serving(
     serving.here.sort_unstable();
     serving.here.dedup();
     serving
+}
+
+/// Repeats each backend as often as it must be to get its share: as rarely as the weights allow.
+/// Weight 0 gets nothing, unless all have it.
+fn weighted(list: &[Backend], known: &BTreeMap<Backend, Known<'_>>) -> Vec<Backend> {
+    let divisor = list.iter().map(|backend| known[backend].weight).fold(0, greatest_common_divisor);
+    if divisor == 0 {
+        return list.to_vec();
+    }
+    let repeated = list.iter().flat_map(|backend| {
+        std::iter::repeat_n(*backend, usize::from(known[backend].weight / divisor))
+    });
+    repeated.collect()
+}
+
+fn greatest_common_divisor(a: u8, b: u8) -> u8 {
+    if b == 0 { a } else { greatest_common_divisor(b, a % b) }
 }
 
 /// Every backend of the port. While a controller moves an endpoint between slices it stands in
@@ -102,10 +127,11 @@ fn known<'a>(
             all.entry(backend)
                 .and_modify(|old| {
                     old.here |= new.here;
-                    let better =
-                        (rank(new.readiness), new.hints) > (rank(old.readiness), old.hints);
+                    let better = (rank(new.readiness), new.hints, new.weight)
+                        > (rank(old.readiness), old.hints, old.weight);
                     if better {
                         (old.readiness, old.hints) = (new.readiness, new.hints);
+                        old.weight = new.weight;
                     }
                 })
                 .or_insert(new);
@@ -118,6 +144,7 @@ fn of<'a>(endpoint: &'a Endpoint, node: &NodeContext) -> Known<'a> {
     Known {
         readiness: endpoint.readiness,
         here: endpoint.node.as_ref() == Some(&node.name),
+        weight: endpoint.weight,
         hints: endpoint.hints.as_deref(),
     }
 }
@@ -167,6 +194,38 @@ impl Nearness {
                 node.node.zone.as_ref().is_some_and(|zone| hints.zones.contains(zone))
             }
             Nearness::Anywhere => true,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn weights_are_shares() {
+        let backend = |number: u8| Backend { address: [10, 0, 0, number].into(), port: 80 };
+        let table: &[(&[u8], &[u8])] = &[
+            (&[], &[]),
+            (&[1, 1, 1], &[0, 1, 2]),
+            (&[100, 100], &[0, 1]),
+            (&[90, 10], &[0, 0, 0, 0, 0, 0, 0, 0, 0, 1]),
+            (&[2, 3, 4], &[0, 0, 1, 1, 1, 2, 2, 2, 2]),
+            // Nobody new, but somebody must serve.
+            (&[0, 5, 0], &[1]),
+            (&[0, 0], &[0, 1]),
+        ];
+        for (weights, expected) in table {
+            let known: BTreeMap<Backend, Known<'_>> = (0..)
+                .zip(*weights)
+                .map(|(number, weight)| {
+                    let (readiness, here, hints) = (Readiness::Ready, false, None);
+                    (backend(number), Known { readiness, here, weight: *weight, hints })
+                })
+                .collect();
+            let list: Vec<Backend> = known.keys().copied().collect();
+            let expected: Vec<Backend> = expected.iter().map(|number| backend(*number)).collect();
+            assert_eq!(weighted(&list, &known), expected, "{weights:?}");
         }
     }
 }

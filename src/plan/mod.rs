@@ -14,8 +14,7 @@ use std::num::NonZeroU32;
 use std::sync::Arc;
 
 use crate::model::{
-    Backend, Balancing, CidrSet, Diagnostic, Family, Protocol, Seniority, ServiceName,
-    TrafficPolicy,
+    Backend, CidrSet, Diagnostic, Family, Protocol, Seniority, ServiceName, TrafficPolicy,
 };
 
 pub use desired::Desired;
@@ -80,9 +79,10 @@ pub struct Pool {
     pub protocol: Protocol,
     /// Where clients reach the pool.
     pub frontends: Vec<Frontend>,
-    /// Who serves where the policy is `Cluster`; sorted, without duplicates.
+    /// Who serves where the policy is `Cluster`; sorted. Nobody is listed twice, but where weights
+    /// say so.
     pub backends: Vec<Backend>,
-    /// Who serves where the policy is `Local`; sorted, without duplicates. Empty if no frontend has
+    /// Who serves where the policy is `Local`; likewise. Empty if no frontend has
     /// that policy.
     pub local_backends: Vec<Backend>,
     /// Who may keep the flows that it has, though new ones may go to others: everyone who is ready,
@@ -100,7 +100,7 @@ pub struct Pool {
     /// For how many seconds a client keeps its backend.
     pub affinity: Option<NonZeroU32>,
     /// How a backend is chosen.
-    pub balancing: Balancing,
+    pub choice: Choice,
     /// Addresses of backends on this node, sorted: a connection of theirs that is balanced back to
     /// themselves must be masqueraded, or the answer would not pass through the node.
     pub hairpins: Vec<IpAddr>,
@@ -122,6 +122,15 @@ impl Pool {
             TrafficPolicy::Local => &self.local_backends,
         }
     }
+}
+
+/// How a backend is chosen from a list.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Choice {
+    /// At random, each with the same chance.
+    Random,
+    /// By a hash of the client's address.
+    SourceHash,
 }
 
 /// Where clients reach a pool.

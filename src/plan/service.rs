@@ -5,12 +5,12 @@ use std::net::IpAddr;
 
 use super::endpoints::{Wanted, serving};
 use super::{
-    Firewall, Frontend, HealthCheck, LoadBalancerAddress, LoadBalancerFirewall, NodePort, Pool,
-    ServicePlan, Sources,
+    Choice, Firewall, Frontend, HealthCheck, LoadBalancerAddress, LoadBalancerFirewall, NodePort,
+    Pool, ServicePlan, Sources,
 };
 use crate::model::{
-    CidrSet, EndpointSlice, Family, NodeContext, Protocol, Service, ServicePort, SourceRestriction,
-    TrafficPolicy,
+    Balancing, CidrSet, EndpointSlice, Family, NodeContext, Protocol, Service, ServicePort,
+    SourceRestriction, TrafficPolicy,
 };
 
 /// Plans one Service from the object, its slices (in any order) and the node.
@@ -86,6 +86,7 @@ fn pool(
         cluster: service.internal_traffic == Cluster || reachable_from_outside,
         local: service.internal_traffic == Local
             || (service.external_traffic == Local && reachable_from_outside),
+        weighted: service.balancing == Balancing::Weighted,
     };
     let serving = serving(port, family, slices, node, wanted);
     let pool = Pool {
@@ -100,7 +101,11 @@ fn pool(
         internal_traffic: service.internal_traffic,
         external_traffic: service.external_traffic,
         affinity: service.session_affinity,
-        balancing: service.balancing,
+        choice: match service.balancing {
+            // Weights are in the list.
+            Balancing::Random | Balancing::Weighted => Choice::Random,
+            Balancing::SourceHash => Choice::SourceHash,
+        },
         hairpins: serving.here,
     };
     (pool, serving.ready_here)
@@ -119,6 +124,12 @@ fn firewall(service: &Service) -> Option<Firewall> {
             })
         })
         .collect();
+    // Answered by a process of the node, and no less a port that the Service opens.
+    node_ports.extend(service.health_check_port.map(|port| NodePort {
+        protocol: Protocol::Tcp,
+        port: port.get(),
+        port_name: "".into(),
+    }));
     node_ports.sort();
     (!node_ports.is_empty()).then_some(Firewall { node_ports, sources })
 }

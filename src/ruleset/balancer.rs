@@ -6,7 +6,8 @@ use super::rule::Selector::{
 };
 use super::rule::{RuleBuilder, RuleSpec};
 use super::sets::SetName;
-use crate::model::{Balancing, Family};
+use crate::model::Family;
+use crate::plan::Choice;
 
 /// The slot of the first endpoint of a Service's second list, that of its node-local endpoints,
 /// where it has both.
@@ -76,19 +77,19 @@ pub struct Balancer {
     /// Whether a client that is remembered gets its endpoint again.
     pub sticky: bool,
     /// How the others get one.
-    pub balancing: Balancing,
+    pub choice: Choice,
 }
 
 impl Balancer {
     /// The chain's name, such as `service4-over-3` or `nodeport6-over-2-sticky`.
     pub fn name(self) -> String {
         let sticky = if self.sticky { "-sticky" } else { "" };
-        let balancing = match self.balancing {
-            Balancing::Random => "",
-            Balancing::SourceHash => "-by-source",
+        let choice = match self.choice {
+            Choice::Random => "",
+            Choice::SourceHash => "-by-source",
         };
         let (route, family) = (self.route.name(), self.family.digit());
-        format!("{route}{family}-over-{}{sticky}{balancing}", self.endpoints)
+        format!("{route}{family}-over-{}{sticky}{choice}", self.endpoints)
     }
 
     /// The balancing chain with this name.
@@ -96,11 +97,11 @@ impl Balancer {
         let (head, tail) = name.split_once("-over-")?;
         let mut parts = tail.splitn(2, '-');
         let endpoints = parts.next()?.parse().ok()?;
-        let (sticky, balancing) = match parts.next() {
-            None => (false, Balancing::Random),
-            Some("sticky") => (true, Balancing::Random),
-            Some("by-source") => (false, Balancing::SourceHash),
-            Some("sticky-by-source") => (true, Balancing::SourceHash),
+        let (sticky, choice) = match parts.next() {
+            None => (false, Choice::Random),
+            Some("sticky") => (true, Choice::Random),
+            Some("by-source") => (false, Choice::SourceHash),
+            Some("sticky-by-source") => (true, Choice::SourceHash),
             Some(_) => return None,
         };
         let all = Route::ALL.into_iter().flat_map(|route| Family::ALL.map(|f| (route, f)));
@@ -108,7 +109,7 @@ impl Balancer {
             head.strip_prefix(route.name()).is_some_and(|rest| rest == family.digit().to_string())
         };
         let (route, family) = { all }.find(named)?;
-        let balancer = Balancer { route, family, endpoints, sticky, balancing };
+        let balancer = Balancer { route, family, endpoints, sticky, choice };
         let possible = endpoints > 0 || route.is_local();
         (possible && balancer.name() == name).then_some(balancer)
     }
@@ -147,9 +148,9 @@ impl Balancer {
         let mut key = self.frontend();
         let std::ops::Range { start: offset, .. } = self.slots();
         let modulus = self.endpoints;
-        key.push(match self.balancing {
-            Balancing::Random => Selector::Random { modulus, offset },
-            Balancing::SourceHash => Selector::SourceHash { family: self.family, modulus, offset },
+        key.push(match self.choice {
+            Choice::Random => Selector::Random { modulus, offset },
+            Choice::SourceHash => Selector::SourceHash { family: self.family, modulus, offset },
         });
         rules.push(self.begin().dnat_map(self.family, &key, &map).build(None));
         rules
@@ -206,14 +207,14 @@ mod tests {
     fn names_tell_what_a_chain_is() {
         for route in Route::ALL {
             for family in Family::ALL {
-                for (endpoints, sticky, balancing) in [
-                    (0, false, Balancing::Random),
-                    (1, false, Balancing::Random),
-                    (100, true, Balancing::Random),
-                    (2, false, Balancing::SourceHash),
-                    (u32::MAX >> 1, true, Balancing::SourceHash),
+                for (endpoints, sticky, choice) in [
+                    (0, false, Choice::Random),
+                    (1, false, Choice::Random),
+                    (100, true, Choice::Random),
+                    (2, false, Choice::SourceHash),
+                    (u32::MAX >> 1, true, Choice::SourceHash),
                 ] {
-                    let balancer = Balancer { route, family, endpoints, sticky, balancing };
+                    let balancer = Balancer { route, family, endpoints, sticky, choice };
                     let possible = endpoints > 0 || route.is_local();
                     let expected = possible.then_some(balancer);
                     assert_eq!(Balancer::parse(&balancer.name()), expected, "{balancer:?}");

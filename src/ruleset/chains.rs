@@ -96,6 +96,7 @@ pub fn base_rules() -> Vec<(&'static str, RuleSpec)> {
     rules.extend(reject_connection().map(|rule| (REJECT_CHAIN, rule)));
     rules.extend(without_endpoints().map(|rule| ("without-endpoints", rule)));
     rules.extend(unknown_addresses().map(|rule| ("unknown-addresses", rule)));
+    rules.extend(loopback().map(|rule| ("firewall-prerouting", rule)));
     rules.push((
         "firewall-prerouting",
         // The node's own connections come through the loopback device and are exempt.
@@ -144,6 +145,18 @@ fn service_key(family: Family) -> [Selector; 3] {
     [DestinationAddress(family), L4Proto, DestinationPort]
 }
 
+/// Where packets with loopback addresses may leave, they may come, too (CVE-2020-8558).
+fn loopback() -> [RuleSpec; 2] {
+    let from_elsewhere = || RuleBuilder::new().ct_state_new().not_from_loopback();
+    let at = |selector| {
+        from_elsewhere()
+            .in_set(&[selector], &SetName::LocalhostIps)
+            .verdict(Verdict::Drop)
+            .build(Some("loopback addresses from elsewhere"))
+    };
+    [at(DestinationAddress(Family::V4)), at(SourceAddress(Family::V4))]
+}
+
 fn source_firewall() -> [RuleSpec; 2] {
     Family::ALL.map(|family| {
         to_node_port_address(family)
@@ -159,7 +172,7 @@ fn load_balancer_firewall() -> [RuleSpec; 2] {
     })
 }
 
-fn services() -> [RuleSpec; 6] {
+fn services() -> [RuleSpec; 7] {
     // Who is not a pod might get an answer that does not come back through this node.
     let [masquerade4, masquerade6] = Family::ALL.map(|family| {
         RuleBuilder::new()
@@ -177,11 +190,15 @@ fn services() -> [RuleSpec; 6] {
             .vmap(&[L4Proto, DestinationPort], &SetName::NodePorts(family))
             .build(None)
     });
-    [masquerade4, masquerade6, by_address4, by_address6, by_node_port4, by_node_port6]
+    let at_localhost = RuleBuilder::new()
+        .in_set(&[DestinationAddress(Family::V4)], &SetName::LocalhostIps)
+        .vmap(&[L4Proto, DestinationPort], &SetName::NodePorts(Family::V4))
+        .build(None);
+    [masquerade4, masquerade6, by_address4, by_address6, by_node_port4, by_node_port6, at_localhost]
 }
 
 /// By what the first packet carried when it came; now it carries the endpoint.
-fn remember_endpoints() -> [RuleSpec; 4] {
+fn remember_endpoints() -> [RuleSpec; 5] {
     let [address4, address6] = Family::ALL.map(|family| {
         let key = [OriginalDestination(family), L4Proto, OriginalDestinationPort];
         RuleBuilder::new().vmap(&key, &SetName::Sticky(family)).build(None)
@@ -192,7 +209,11 @@ fn remember_endpoints() -> [RuleSpec; 4] {
             .vmap(&[L4Proto, OriginalDestinationPort], &SetName::StickyNodePorts(family))
             .build(None)
     });
-    [address4, address6, node_port4, node_port6]
+    let at_localhost = RuleBuilder::new()
+        .in_set(&[OriginalDestination(Family::V4)], &SetName::LocalhostIps)
+        .vmap(&[L4Proto, OriginalDestinationPort], &SetName::StickyNodePorts(Family::V4))
+        .build(None);
+    [address4, address6, node_port4, node_port6, at_localhost]
 }
 
 /// TCP is answered with a reset rather than with ICMP: the ICMP error for a SYN of the node itself
@@ -203,7 +224,7 @@ fn reject_connection() -> [RuleSpec; 2] {
     [tcp, RuleBuilder::new().reject().build(None)]
 }
 
-fn without_endpoints() -> [RuleSpec; 4] {
+fn without_endpoints() -> [RuleSpec; 5] {
     let [address4, address6] = Family::ALL.map(|family| {
         RuleBuilder::new().vmap(&service_key(family), &SetName::NoEndpoints(family)).build(None)
     });
@@ -212,7 +233,11 @@ fn without_endpoints() -> [RuleSpec; 4] {
             .vmap(&[L4Proto, DestinationPort], &SetName::NoEndpointNodePorts(family))
             .build(None)
     });
-    [address4, address6, node_port4, node_port6]
+    let at_localhost = RuleBuilder::new()
+        .in_set(&[DestinationAddress(Family::V4)], &SetName::LocalhostIps)
+        .vmap(&[L4Proto, DestinationPort], &SetName::NoEndpointNodePorts(Family::V4))
+        .build(None);
+    [address4, address6, node_port4, node_port6, at_localhost]
 }
 
 /// What reaches this was not translated, so no Service has its address, or none its port.

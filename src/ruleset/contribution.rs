@@ -1,6 +1,6 @@
 //! What one subject - a Service, or the node itself - adds to the ruleset.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -56,6 +56,8 @@ pub enum Contribution {
 pub struct NodeElements {
     /// CIDRs at whose local addresses node ports are served.
     pub nodeport_cidrs: Vec<IpNet>,
+    /// Loopback CIDRs at which they are served to the node itself.
+    pub localhost_cidrs: Vec<IpNet>,
     /// The Service network.
     pub service_cidrs: Vec<IpNet>,
     /// The addresses of pods of this node.
@@ -94,7 +96,7 @@ impl Contribution {
         };
         let service_cidrs = crate::model::CidrSet::new(node.service_cidrs.iter().copied());
         let pod_interfaces: Vec<InterfaceName> = match &node.local_traffic {
-            LocalTraffic::NodeCidrs | LocalTraffic::Cidrs(_) => Vec::new(),
+            LocalTraffic::Unknown | LocalTraffic::NodeCidrs | LocalTraffic::Cidrs(_) => Vec::new(),
             LocalTraffic::Bridge(name) => vec![InterfaceName::Exact(name.clone())],
             LocalTraffic::InterfacePrefix(prefix) => vec![InterfaceName::Prefix(prefix.clone())],
         };
@@ -102,6 +104,7 @@ impl Contribution {
             if node.masquerade_all { Vec::new() } else { pod_interfaces.clone() };
         Contribution::Node(Arc::new(NodeElements {
             nodeport_cidrs: both(&|family| node.nodeport_cidrs(family)),
+            localhost_cidrs: both(&|family| node.localhost_cidrs(family)),
             service_cidrs: both(&|family| service_cidrs.of_family(family)),
             pod_cidrs: both(&|family| node.pod_cidrs(family)),
             unmasqueraded: both(&|family| node.unmasqueraded(family)),
@@ -204,8 +207,9 @@ impl Contribution {
 impl NodeElements {
     fn elements(&self, each: &mut impl FnMut(Element)) {
         type OfFamily = fn(Family) -> SetName;
-        let sets: [(OfFamily, &[IpNet]); 4] = [
+        let sets: [(OfFamily, &[IpNet]); 5] = [
             (SetName::NodePortIps, &self.nodeport_cidrs),
+            (|_| SetName::LocalhostIps, &self.localhost_cidrs),
             (SetName::ServiceCidrs, &self.service_cidrs),
             (SetName::PodCidrs, &self.pod_cidrs),
             (SetName::Unmasqueraded, &self.unmasqueraded),
@@ -296,7 +300,7 @@ impl<'a> Entry<'a> {
             family: self.pool.family,
             endpoints: u32::try_from(list.len()).expect("a Service has fewer than 2^31 endpoints"),
             sticky: self.pool.affinity.is_some(),
-            balancing: self.pool.balancing,
+            choice: self.pool.choice,
         }
     }
 
@@ -491,21 +495,28 @@ fn set_element(key: ElementKey, comment: Option<&Arc<str>>) -> Element {
 }
 
 /// Gives each backend a slot, so that as few as possible change theirs: who stays keeps its slot
-/// if that is still below the number of backends; who must move or comes fills the gaps.
+/// if that is still below the number of backends; who must move or comes fills the gaps. A backend
+/// that is listed several times has as many slots.
 fn assign_slots(previous: &[Backend], backends: &[Backend]) -> Vec<Backend> {
-    let count = backends.len();
-    let wanted: HashSet<&Backend> = backends.iter().collect();
-    let mut slots: Vec<Option<Backend>> = vec![None; count];
-    let mut placed: HashSet<&Backend> = HashSet::with_capacity(previous.len());
-    for (slot, backend) in slots.iter_mut().zip(previous) {
-        if wanted.contains(backend) && placed.insert(backend) {
-            *slot = Some(*backend);
-        }
+    if previous.is_empty() {
+        return backends.to_vec();
     }
-    let mut homeless = backends.iter().filter(|backend| !placed.contains(backend));
+    let mut homeless: HashMap<&Backend, usize> = HashMap::with_capacity(backends.len());
+    for backend in backends {
+        *homeless.entry(backend).or_default() += 1;
+    }
+    let mut takes_place = |backend: &Backend| {
+        let left = homeless.get_mut(backend).filter(|left| **left > 0);
+        left.map(|left| *left -= 1).is_some()
+    };
+    let mut slots: Vec<Option<Backend>> = vec![None; backends.len()];
+    for (slot, backend) in slots.iter_mut().zip(previous) {
+        *slot = takes_place(backend).then_some(*backend);
+    }
+    let mut rest = backends.iter().filter(|backend| takes_place(backend));
     slots
         .into_iter()
-        .map(|slot| slot.or_else(|| homeless.next().copied()).expect("as many backends as slots"))
+        .map(|slot| slot.or_else(|| rest.next().copied()).expect("as many backends as slots"))
         .collect()
 }
 
@@ -533,6 +544,11 @@ mod tests {
             (&[1, 2, 3], &[], &[]),
             // A listing that says nonsense cannot make a backend appear twice.
             (&[1, 1, 1], &[1, 2, 3], &[1, 2, 3]),
+            // One that is listed more often has more slots.
+            (&[], &[1, 1, 2], &[1, 1, 2]),
+            (&[2, 1, 1], &[1, 1, 2], &[2, 1, 1]),
+            (&[1, 2], &[1, 1, 1, 2], &[1, 2, 1, 1]),
+            (&[1, 2, 1, 1], &[1, 2, 2], &[1, 2, 2]),
         ];
         for (previous, wanted, expected) in table {
             let got = assign_slots(&backends(previous), &backends(wanted));

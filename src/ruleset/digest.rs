@@ -7,7 +7,8 @@ use super::balancer::{Balancer, Route};
 use super::chains::{BASE_CHAINS, base_rules};
 use super::firewall::FirewallChain;
 use super::sets::SetName;
-use crate::model::{Balancing, Family, ServiceName};
+use crate::model::{Family, ServiceName};
+use crate::plan::Choice;
 
 /// The table's comment, which carries a digest of the layout: chains, rules, types of sets, and
 /// the rules that balancing and firewall chains are made of.
@@ -31,8 +32,8 @@ pub fn layout_comment() -> String {
         hash.update(format!("{set} {:?}", set.spec()).as_bytes());
     }
     for (route, family) in Route::ALL.iter().flat_map(|route| Family::ALL.map(|f| (*route, f))) {
-        for balancing in [Balancing::Random, Balancing::SourceHash] {
-            let balancer = Balancer { route, family, endpoints: 2, sticky: true, balancing };
+        for choice in [Choice::Random, Choice::SourceHash] {
+            let balancer = Balancer { route, family, endpoints: 2, sticky: true, choice };
             hash.update(format!("{} {:?}", balancer.name(), balancer.rules()).as_bytes());
         }
     }

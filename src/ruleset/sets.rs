@@ -100,6 +100,8 @@ pub enum SetName {
     Hairpin(Family),
     /// Load-balancer address and port to the firewall of its Service.
     LoadBalancerFirewall(Family),
+    /// IPv4 loopback addresses at which node ports are served to the node itself.
+    LocalhostIps,
     /// Interfaces from which sources keep their address when they connect to a ClusterIP.
     UnmasqueradedInterfaces,
     /// The pods of this node, by interface.
@@ -167,8 +169,12 @@ impl SetName {
             SetName::LoadBalancerFirewall,
         ];
         let of_family = OF_FAMILY.iter().flat_map(|set| Family::ALL.map(set));
-        let others =
-            [SetName::UnmasqueradedInterfaces, SetName::PodInterfaces, SetName::NodePortFirewall];
+        let others = [
+            SetName::LocalhostIps,
+            SetName::UnmasqueradedInterfaces,
+            SetName::PodInterfaces,
+            SetName::NodePortFirewall,
+        ];
         of_family.chain(others).collect()
     }
 
@@ -205,6 +211,7 @@ impl SetName {
             SetName::LoadBalancerFirewall(f) => {
                 by_family(f, "load-balancer-firewall4", "load-balancer-firewall6")
             }
+            SetName::LocalhostIps => Cow::Borrowed("localhost-ips4"),
             SetName::UnmasqueradedInterfaces => Cow::Borrowed("unmasqueraded-interfaces"),
             SetName::PodInterfaces => Cow::Borrowed("pod-interfaces"),
             SetName::NodePortFirewall => Cow::Borrowed("nodeport-firewall"),
@@ -270,6 +277,9 @@ impl SetName {
             SetName::LoadBalancerFirewall(f) => {
                 (service(f), Verdict, "load-balancer address to the firewall of its Service")
             }
+            SetName::LocalhostIps => {
+                (vec![Address(Family::V4)], None, "where node ports are served to the node itself")
+            }
             SetName::UnmasqueradedInterfaces => {
                 (vec![Interface], None, "from where who connects to a ClusterIP keeps its address")
             }
@@ -295,6 +305,7 @@ impl SetName {
                 | SetName::ServiceCidrs(_)
                 | SetName::Unmasqueraded(_)
                 | SetName::PodCidrs(_)
+                | SetName::LocalhostIps
                 | SetName::UnmasqueradedInterfaces
                 | SetName::PodInterfaces
                 | SetName::Allow(..)

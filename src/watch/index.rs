@@ -6,8 +6,8 @@ use std::sync::Arc;
 use ipnet::IpNet;
 
 use crate::model::{
-    EndpointSlice, Node, NodeContext, NodePortAddresses, Service, ServiceCidr, ServiceName,
-    SliceName, SourceRestriction,
+    Diagnostic, EndpointSlice, Node, NodeContext, NodePortAddresses, ObjectKind, ObjectRef,
+    Service, ServiceCidr, ServiceName, Severity, SliceName, SourceRestriction,
 };
 use crate::plan::{ServicePlan, plan_service};
 
@@ -25,6 +25,8 @@ pub struct Index {
     /// The slices of each Service, be there such a Service or not. No entry is empty.
     slices_of: HashMap<ServiceName, BTreeSet<SliceName>>,
     service_cidrs: BTreeMap<Arc<str>, ServiceCidr>,
+    /// As [`Options::external_ips`].
+    external_ips: bool,
 }
 
 impl Index {
@@ -35,20 +37,28 @@ impl Index {
                 nodeport_addresses: options.nodeport_addresses.clone(),
                 local_traffic: options.local_traffic.clone(),
                 masquerade_all: options.masquerade_all,
+                localhost_nodeports: options.localhost_nodeports,
                 ..NodeContext::new(options.node_name.clone())
             },
             services: BTreeMap::new(),
             slices: HashMap::new(),
             slices_of: HashMap::new(),
             service_cidrs: BTreeMap::new(),
+            external_ips: options.external_ips,
         };
         index.set_node(Node::default());
         index
     }
 
     /// Replaces a Service, or removes it. Returns whether that changes anything.
-    pub fn set_service(&mut self, name: &ServiceName, service: Option<Service>) -> bool {
+    pub fn set_service(&mut self, name: &ServiceName, mut service: Option<Service>) -> bool {
         debug_assert!(service.as_ref().is_none_or(|service| &service.name == name));
+        // Here, because every source comes this way.
+        if !self.external_ips
+            && let Some(service) = &mut service
+        {
+            withhold_external_ips(service);
+        }
         if self.services.get(name) == service.as_ref() {
             return false;
         }
@@ -165,6 +175,20 @@ impl Index {
     fn plan_of(&self, service: &Service) -> ServicePlan {
         plan_service(service, self.slices_of(&service.name), &self.context)
     }
+}
+
+/// Makes it a Service without `externalIPs`.
+fn withhold_external_ips(service: &mut Service) {
+    if std::mem::take(&mut service.external_ips).is_empty() {
+        return;
+    }
+    let ServiceName { namespace, name } = service.name.clone();
+    service.diagnostics.push(Diagnostic {
+        object: ObjectRef { kind: ObjectKind::Service, namespace, name },
+        field: "spec.externalIPs".to_owned(),
+        severity: Severity::Warning,
+        message: "not served, by configuration (--no-external-ips, AllowServiceExternalIPs)".into(),
+    });
 }
 
 #[cfg(test)]
@@ -325,5 +349,28 @@ mod tests {
         let cidrs = NodePortAddresses::Cidrs(Vec::new());
         let index = Index::new(&Options { nodeport_addresses: cidrs, ..options() });
         assert_eq!(index.context().node, Node::default());
+    }
+
+    #[test]
+    fn external_addresses_can_be_closed() {
+        let name = service_name(0);
+        let external =
+            Service { external_ips: vec!["203.0.113.1".parse().unwrap()], ..service(&name, 80) };
+        for (external_ips, frontends, expected) in
+            [(true, 2, None), (false, 1, Some("spec.externalIPs"))]
+        {
+            let mut index = Index::new(&Options { external_ips, ..options() });
+            assert!(index.set_service(&name, Some(external.clone())));
+            assert!(!index.set_service(&name, Some(external.clone())));
+            let plan = index.plan(&name).unwrap();
+            assert_eq!(plan.pools[0].frontends.len(), frontends);
+            let said = plan.diagnostics.iter().find(|d| d.severity == Severity::Warning);
+            assert_eq!(said.map(|d| &*d.field), expected);
+            assert!(index.set_service(&name, None));
+        }
+        // Nothing is said where there is nothing to withhold.
+        let mut index = Index::new(&Options { external_ips: false, ..options() });
+        index.set_service(&name, Some(service(&name, 80)));
+        assert_eq!(index.plan(&name).unwrap().diagnostics, []);
     }
 }

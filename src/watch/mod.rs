@@ -35,6 +35,11 @@ pub struct Options {
     pub local_traffic: LocalTraffic,
     /// Whether every connection to a cluster IP is masqueraded.
     pub masquerade_all: bool,
+    /// Whether node ports are served to the node itself at its IPv4 loopback addresses.
+    pub localhost_nodeports: bool,
+    /// Whether Services are served at their `externalIPs`. Who may write a Service may claim any
+    /// address there (CVE-2020-8554).
+    pub external_ips: bool,
 }
 
 impl Options {
@@ -45,6 +50,8 @@ impl Options {
             nodeport_addresses: NodePortAddresses::Primary,
             local_traffic: LocalTraffic::default(),
             masquerade_all: false,
+            localhost_nodeports: false,
+            external_ips: true,
         }
     }
 }

@@ -2,8 +2,8 @@
 
 use std::ffi::OsStr;
 use std::fmt;
-use std::fs::{self, File};
-use std::io::Write;
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
@@ -35,8 +35,35 @@ const UNLESS_ORPHANED: &str = r#"[ "$PPID" = "$1" ] && shift && exec "$@""#;
 pub struct Process {
     name: String,
     child: Child,
-    stdout: PathBuf,
-    stderr: PathBuf,
+    stdout: Written,
+    stderr: Written,
+}
+
+/// The file that an output stream goes to. Processes of one name share it, one after the other.
+struct Written {
+    path: PathBuf,
+    /// Where the output of this process begins.
+    start: u64,
+}
+
+impl Written {
+    /// The end of the file at `path`, and what writes there.
+    fn open(path: PathBuf) -> Result<(Written, File)> {
+        let file = File::options().create(true).append(true).open(&path);
+        let file = file.with_context(|| format!("open {}", path.display()))?;
+        let start = file.metadata().with_context(|| format!("look at {}", path.display()))?.len();
+        Ok((Written { path, start }, file))
+    }
+
+    /// What is there so far; the process may be writing.
+    fn read(&self) -> String {
+        let mut bytes = Vec::new();
+        let _ = File::open(&self.path).and_then(|mut file| {
+            file.seek(SeekFrom::Start(self.start))?;
+            file.read_to_end(&mut bytes)
+        });
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
 }
 
 impl Process {
@@ -53,15 +80,8 @@ impl Process {
         name: &str,
         directory: &Path,
     ) -> Result<Self> {
-        let stdout = directory.join(format!("{name}.stdout"));
-        let stderr = directory.join(format!("{name}.stderr"));
-        let open = |path: &Path| {
-            File::options()
-                .create(true)
-                .append(true)
-                .open(path)
-                .with_context(|| format!("open {}", path.display()))
-        };
+        let (stdout, to_stdout) = Written::open(directory.join(format!("{name}.stdout")))?;
+        let (stderr, to_stderr) = Written::open(directory.join(format!("{name}.stderr")))?;
         let mut wrapped = Command::new("setpriv");
         wrapped.args(["--pdeathsig", "KILL", "--", "sh", "-c", UNLESS_ORPHANED, "sh"]);
         wrapped.arg(std::process::id().to_string()).arg(command.get_program());
@@ -75,7 +95,7 @@ impl Process {
         if let Some(directory) = command.get_current_dir() {
             wrapped.current_dir(directory);
         }
-        wrapped.stdout(open(&stdout)?).stderr(open(&stderr)?);
+        wrapped.stdout(to_stdout).stderr(to_stderr);
         let child = start_in(namespace, wrapped).with_context(|| format!("start {name}"))?;
         Ok(Self { name: name.to_owned(), child, stdout, stderr })
     }
@@ -87,12 +107,12 @@ impl Process {
 
     /// What it wrote to its standard output so far.
     pub fn stdout(&self) -> String {
-        read_lossy(&self.stdout)
+        self.stdout.read()
     }
 
     /// What it wrote to its standard error so far.
     pub fn stderr(&self) -> String {
-        read_lossy(&self.stderr)
+        self.stderr.read()
     }
 
     /// Whether it still runs.
@@ -226,11 +246,6 @@ pub(super) fn expect_success(shown: &str, output: Output) -> Result<String> {
 pub(super) fn show(command: &Command) -> String {
     let words = std::iter::once(command.get_program()).chain(command.get_args());
     words.map(OsStr::to_string_lossy).collect::<Vec<_>>().join(" ")
-}
-
-/// Reads a file that a process may be writing.
-fn read_lossy(path: &Path) -> String {
-    fs::read(path).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default()
 }
 
 fn pid_of(child: &Child) -> Pid {

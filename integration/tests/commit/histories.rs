@@ -1,9 +1,12 @@
 //! Random histories: whatever came before, the kernel holds what a fresh start would write.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::num::NonZeroU32;
 
 use anyhow::{Result, ensure};
 use portcullis::model::Protocol::{Sctp, Tcp, Udp};
+use portcullis::model::{Balancing, CidrSet, Service, SourceRestriction, TrafficPolicy};
 use portcullis_integration::services::{Sketch, service};
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
@@ -19,6 +22,41 @@ struct Variant {
     ports: Vec<(u8, u8)>,
     endpoints: Vec<u8>,
     sources: usize,
+    traffic: Traffic,
+}
+
+/// How the Service is reached and balanced.
+#[derive(Clone, Debug)]
+struct Traffic {
+    internal_local: bool,
+    external_local: bool,
+    affinity: Option<u32>,
+    balancing: Balancing,
+    external: Option<u8>,
+    balanced: Option<u8>,
+    ranges: bool,
+}
+
+fn traffic() -> impl Strategy<Value = Traffic> {
+    let balancing = prop_oneof![
+        Just(Balancing::Random),
+        Just(Balancing::SourceHash),
+        Just(Balancing::Weighted)
+    ];
+    let address = || proptest::option::weighted(0.3, 1..4_u8);
+    (any::<[bool; 3]>(), proptest::option::of(1..3_u32), balancing, address(), address()).prop_map(
+        |([internal_local, external_local, ranges], affinity, balancing, external, balanced)| {
+            Traffic {
+                internal_local,
+                external_local,
+                affinity,
+                balancing,
+                external,
+                balanced,
+                ranges,
+            }
+        },
+    )
 }
 
 const SOURCES: [&str; 7] = [
@@ -35,14 +73,15 @@ fn variant() -> impl Strategy<Value = Variant> {
     let endpoints = proptest::collection::vec(1..8_u8, 0..6);
     let ports = proptest::collection::vec((0..3_u8, 0..4_u8), 1..4);
     let sources = 0..SOURCES.len() + 2;
-    (0..3_i64, 1..5_u8, any::<bool>(), ports, endpoints, sources).prop_map(
-        |(created, address, dual, ports, endpoints, sources)| Variant {
+    (0..3_i64, 1..5_u8, any::<bool>(), ports, endpoints, sources, traffic()).prop_map(
+        |(created, address, dual, ports, endpoints, sources, traffic)| Variant {
             created,
             address,
             dual,
             ports,
             endpoints,
             sources,
+            traffic,
         },
     )
 }
@@ -71,10 +110,30 @@ impl Variant {
             sketch =
                 if endpoint % 2 == 0 { sketch.local(&addresses) } else { sketch.to(&addresses) };
         }
+        sketch = sketch.with(|service| self.traffic.apply(service));
         match self.sources.checked_sub(2) {
             None if self.sources == 0 => sketch.open(),
             None => sketch.closed(),
             Some(index) => sketch.allow(SOURCES[index]),
+        }
+    }
+}
+
+impl Traffic {
+    fn apply(&self, service: &mut Service) {
+        let policy = |local| if local { TrafficPolicy::Local } else { TrafficPolicy::Cluster };
+        service.internal_traffic = policy(self.internal_local);
+        service.external_traffic = policy(self.external_local);
+        service.session_affinity = self.affinity.and_then(NonZeroU32::new);
+        service.balancing = self.balancing;
+        // Some of the external addresses are ClusterIPs of others.
+        let address = |net, last| IpAddr::from([10, net, 0, last]);
+        service.external_ips = self.external.map(|last| address(96, last)).into_iter().collect();
+        service.load_balancer_ips =
+            self.balanced.map(|last| address(97, last)).into_iter().collect();
+        if self.ranges {
+            let ranges = CidrSet::parse("10.0.0.0/8").expect("a CIDR");
+            service.load_balancer_sources = SourceRestriction::Allow(ranges);
         }
     }
 }

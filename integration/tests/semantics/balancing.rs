@@ -1,12 +1,12 @@
-//! Clients that get the same endpoint again: by affinity, and by a hash of their address.
+//! How an endpoint is chosen: by affinity, by a hash of the client's address, by weight.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use portcullis_integration::lab::{FAMILIES, eventually};
-use portcullis_integration::manifest::Endpoint;
-use portcullis_integration::traffic::Protocol;
+use portcullis_integration::manifest::{Endpoint, replace};
+use portcullis_integration::traffic::{Protocol, distribution, probe_many};
 use serde_json::json;
 
 use super::{ELSEWHERE, HERE, NOTICE, PROTOCOLS, World, answers, exposed, servers, targets};
@@ -21,7 +21,7 @@ fn clients_keep_their_endpoint() -> Result<()> {
     manifest.endpoints = lab.pods.iter().flat_map(Endpoint::of).collect();
     manifest.endpoints.extend(Endpoint::elsewhere(lab));
     manifest.write(&world.manifests)?;
-    let daemon = world.daemon(&[])?;
+    let daemon = world.daemon(&["--node-cidr"])?;
 
     let clients = [&lab.allowed, &lab.refused, &lab.node];
     let mut chosen = Vec::new();
@@ -39,7 +39,7 @@ fn clients_keep_their_endpoint() -> Result<()> {
 
     // Also after a restart of the daemon.
     daemon.kill()?;
-    let _daemon = world.daemon(&[])?;
+    let _daemon = world.daemon(&["--node-cidr"])?;
     for (client, to, protocol, before) in &chosen {
         let now = answers(client, *to, *protocol, 2)?;
         ensure!(now == *before, "{} -> {to}: {now:?} after {before:?}", client.name());
@@ -86,7 +86,7 @@ fn clients_are_forgotten_in_time() -> Result<()> {
         }),
     );
     manifest.write(&world.manifests)?;
-    let _daemon = world.daemon(&[])?;
+    let _daemon = world.daemon(&["--node-cidr"])?;
     let to = targets(lab, &manifest, 20)[0];
     let mut seen = BTreeSet::new();
     // Each time by chance one of two: thirty times the same one in a billion tries.
@@ -100,6 +100,37 @@ fn clients_are_forgotten_in_time() -> Result<()> {
 }
 
 #[test]
+fn affinity_gives_way_to_the_policy_local() -> Result<()> {
+    let Some(world) = World::new(2)? else { return Ok(()) };
+    let lab = &world.lab;
+    let _servers = servers(lab)?;
+    let mut manifest = exposed(20, lab, &json!({ "sessionAffinity": "ClientIP" }));
+    manifest.endpoints = Endpoint::elsewhere(lab).to_vec();
+    manifest.write(&world.manifests)?;
+    let _daemon = world.daemon(&["--node-cidr"])?;
+    let to = targets(lab, &manifest, 20);
+    for to in &to {
+        let by = answers(&lab.allowed, *to, Protocol::Tcp, 2)?;
+        ensure!(by == BTreeSet::from([ELSEWHERE.to_owned()]), "{to}: {by:?}");
+    }
+    manifest.endpoints.extend(lab.pods.iter().flat_map(Endpoint::of));
+    manifest.extra["spec"]["externalTrafficPolicy"] = json!("Local");
+    manifest.write(&world.manifests)?;
+    for to in &to {
+        let is_cluster_ip = manifest.cluster_ips.contains(&to.ip());
+        let mut last = BTreeSet::new();
+        let settled = eventually(NOTICE, || {
+            last = answers(&lab.allowed, *to, Protocol::Tcp, 4).unwrap_or_default();
+            // The ClusterIP is none of that policy's business, so the client keeps what it has.
+            let here = last.iter().all(|name| HERE.contains(&name.as_str()));
+            last.len() == 1 && here != is_cluster_ip
+        });
+        ensure!(settled, "{to}: {last:?}");
+    }
+    Ok(())
+}
+
+#[test]
 fn the_hash_of_a_client_chooses() -> Result<()> {
     let Some(world) = World::new(2)? else { return Ok(()) };
     let lab = &world.lab;
@@ -107,12 +138,51 @@ fn the_hash_of_a_client_chooses() -> Result<()> {
     let mut manifest = exposed(20, lab, &json!({}));
     manifest.extra["metadata"]["annotations"]["portcullis.dev/balancing"] = json!("source-hash");
     manifest.write(&world.manifests)?;
-    let _daemon = world.daemon(&[])?;
+    let _daemon = world.daemon(&["--node-cidr"])?;
     for to in targets(lab, &manifest, 20) {
         for client in [&lab.allowed, &lab.refused, &lab.node] {
             let by = answers(client, to, Protocol::Tcp, 8)?;
             ensure!(by.len() == 1, "{} -> {to}: {by:?}", client.name());
         }
     }
+    Ok(())
+}
+
+#[test]
+fn a_canary_gets_its_share() -> Result<()> {
+    let Some(world) = World::new(2)? else { return Ok(()) };
+    let lab = &world.lab;
+    let _servers = servers(lab)?;
+    let mut manifest = exposed(20, lab, &json!({}));
+    manifest.extra["metadata"]["annotations"]["portcullis.dev/balancing"] = json!("weighted");
+    // Two slices: the old version and the new one.
+    let mut list = manifest.list();
+    let items = list["items"].as_array_mut().context("a list")?;
+    let slices: Vec<_> = items.extract_if(1.., |_| true).collect();
+    for (mut slice, (pod, weight)) in
+        slices.iter().flat_map(|slice| [(slice.clone(), (0, "90")), (slice.clone(), (1, "10"))])
+    {
+        let only = slice["endpoints"][pod].clone();
+        slice["endpoints"] = json!([only]);
+        let name = slice["metadata"]["name"].as_str().context("a name")?;
+        slice["metadata"]["name"] = json!(format!("{name}-{pod}"));
+        slice["metadata"]["annotations"] = json!({ "portcullis.dev/weight": weight });
+        items.push(slice);
+    }
+    let file = world.manifests.join("web-20.json");
+    replace(&file, &list.to_string())?;
+    let _daemon = world.daemon(&["--node-cidr"])?;
+    for to in targets(lab, &manifest, 20) {
+        let tally = probe_many(&lab.allowed, to, Protocol::Udp, 200)?;
+        distribution::assert_fits(&tally, &[(HERE[0], 9), (HERE[1], 1)]);
+    }
+    // The old version gets nothing new.
+    replace(&file, &list.to_string().replace("\"90\"", "\"0\""))?;
+    let to = targets(lab, &manifest, 20)[0];
+    let only_new = || {
+        let by = answers(&lab.allowed, to, Protocol::Tcp, 20).unwrap_or_default();
+        by == BTreeSet::from([HERE[1].to_owned()])
+    };
+    ensure!(eventually(NOTICE, only_new), "the old version still gets connections");
     Ok(())
 }

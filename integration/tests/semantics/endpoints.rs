@@ -53,7 +53,7 @@ fn hints_and_endpoints_that_leave() -> Result<()> {
     let endpoints: Vec<[Endpoint; 2]> =
         [Endpoint::of(&lab.pods[0]), Endpoint::of(&lab.pods[1]), Endpoint::elsewhere(lab)].into();
     manifest.write(&world.manifests)?;
-    let _daemon = world.daemon(&[])?;
+    let _daemon = world.daemon(&["--node-cidr"])?;
     for (what, extras, expected) in table {
         manifest.endpoints = endpoints
             .iter()

@@ -24,9 +24,14 @@ impl Flows {
         flows.collect::<Result<_>>().map(Flows)
     }
 
-    /// Who answers each flow now.
+    /// Who answers each flow now. All are asked at once: that nobody answers is known after a second
+    /// only.
     fn answers(&mut self) -> Result<Vec<Outcome>> {
-        self.0.iter_mut().map(|(_, flow)| flow.exchange()).collect()
+        std::thread::scope(|scope| {
+            let flows = self.0.iter_mut();
+            let asked: Vec<_> = flows.map(|(_, flow)| scope.spawn(|| flow.exchange())).collect();
+            asked.into_iter().map(|thread| thread.join().expect("no panic")).collect()
+        })
     }
 
     /// Waits until all flows are answered so.
@@ -75,7 +80,7 @@ fn flows_follow_the_endpoints() -> Result<()> {
     let manifest = exposed(20, lab, &json!({}));
     let to = targets(lab, &manifest, 20);
     give(&world, &manifest, &[(0, ready.clone()), (1, ready.clone())])?;
-    let daemon = world.daemon(&[])?;
+    let daemon = world.daemon(&["--node-cidr"])?;
     let mut udp = Flows::open(lab, &to, Protocol::Udp)?;
     let mut tcp = Flows::open(lab, &to, Protocol::Tcp)?;
     let (before, connections) = (udp.answers()?, tcp.answers()?);
@@ -95,7 +100,7 @@ fn flows_follow_the_endpoints() -> Result<()> {
     let before = udp.answers()?;
     daemon.kill()?;
     udp.stay("the daemon is gone", &before)?;
-    let daemon = world.daemon(&[])?;
+    let daemon = world.daemon(&["--node-cidr"])?;
     udp.stay("the daemon is back", &before)?;
     give(&world, &manifest, &[(0, ready.clone()), (1, ready.clone())])?;
     let new = || Flow::open(&lab.allowed, to[0], Protocol::Udp).is_ok_and(|f| f.by() == first);
@@ -115,7 +120,7 @@ fn flows_follow_the_endpoints() -> Result<()> {
     // What happens while nobody looks is made good.
     daemon.kill()?;
     give(&world, &manifest, &[(1, ready.clone())])?;
-    let _daemon = world.daemon(&[])?;
+    let _daemon = world.daemon(&["--node-cidr"])?;
     udp.become_so("the first left while the daemon was gone", by(second))?;
 
     give(&world, &manifest, &[])?;
@@ -143,7 +148,7 @@ fn what_went_elsewhere_comes_to_the_service() -> Result<()> {
         lab.node.run(&["ip", "route", "add", &host, "via", &via])?;
     }
     let _stray = Server::start(&lab.peer, "stray", Protocol::Udp, 80)?;
-    let _daemon = world.daemon(&[])?;
+    let _daemon = world.daemon(&["--node-cidr"])?;
     let to: Vec<SocketAddr> =
         manifest.cluster_ips.iter().map(|address| SocketAddr::new(*address, 80)).collect();
     let mut flows = Flows::open(lab, &to, Protocol::Udp)?;
@@ -168,7 +173,7 @@ fn sctp_associations_begin_anew() -> Result<()> {
     manifest.ports.truncate(1);
     let [first, second] = HERE;
     give(&world, &manifest, &[(0, Value::Null)])?;
-    let _daemon = world.daemon(&[])?;
+    let _daemon = world.daemon(&["--node-cidr"])?;
     let to = targets(lab, &manifest, 20);
     let ask = |to: &SocketAddr| -> Result<Outcome> {
         Probe::new(*to, Protocol::Sctp).source_port(40_000).run(&lab.allowed)

@@ -4,6 +4,7 @@
 mod balancing;
 mod endpoints;
 mod flows;
+mod localhost;
 mod service_network;
 mod sources;
 
@@ -273,7 +274,7 @@ fn who_is_served_by_whom() -> Result<()> {
         manifest.write(&world.manifests)?;
         manifests.push(manifest);
     }
-    let _daemon = world.daemon(&[])?;
+    let _daemon = world.daemon(&["--node-cidr"])?;
 
     let mut wrong = Vec::new();
     let mut asked = 0;

@@ -1,9 +1,9 @@
 //! What depends on where a connection comes from: source ranges, and who is masqueraded.
 
 use anyhow::{Result, ensure};
-use portcullis_integration::lab::{FAMILIES, eventually};
+use portcullis_integration::lab::{FAMILIES, Host, eventually};
 use portcullis_integration::manifest::Endpoint;
-use portcullis_integration::traffic::{Outcome, Probe, Protocol, Server, probe};
+use portcullis_integration::traffic::{Flow, Outcome, Probe, Protocol, Server, http_get, probe};
 use serde_json::json;
 
 use super::{
@@ -46,6 +46,13 @@ fn source_ranges_guard_load_balancer_addresses() -> Result<()> {
             }
         }
     }
+    // A flow that is open ends when its source is taken off the list.
+    let open = |target| {
+        let to = FAMILIES.map(|family| address(lab, &manifest, case, target, family));
+        to.into_iter().map(|to| Flow::open(&lab.allowed, to, Protocol::Udp))
+    };
+    let mut guarded: Vec<Flow> = open(Target::LoadBalancer).collect::<Result<_>>()?;
+    let mut others: Vec<Flow> = open(Target::ExternalIp).collect::<Result<_>>()?;
     // The node may use the address if it may use any.
     let manifest = exposed(
         20,
@@ -61,6 +68,37 @@ fn source_ranges_guard_load_balancer_addresses() -> Result<()> {
         ensure!(eventually(NOTICE, served), "node -> {to}");
         let outcome = Probe::new(to, Protocol::Tcp).timeout(DROPPED).run(&lab.allowed)?;
         ensure!(outcome == Outcome::TimedOut, "allowed -> {to}: {outcome:?}");
+    }
+    for flow in &mut guarded {
+        let ended = || flow.exchange().is_ok_and(|outcome| outcome == Outcome::TimedOut);
+        ensure!(eventually(NOTICE, ended), "a flow to a load-balancer address goes on");
+    }
+    for flow in &mut others {
+        ensure!(flow.alive()?, "a flow to an external address ended");
+    }
+    Ok(())
+}
+
+/// A health check is answered by the daemon itself, at a port that the Service opens.
+#[test]
+fn the_firewall_guards_health_checks() -> Result<()> {
+    let Some(world) = World::new(2)? else { return Ok(()) };
+    let lab = &world.lab;
+    let check = json!({ "externalTrafficPolicy": "Local", "healthCheckNodePort": 32000 });
+    let manifest = exposed(20, lab, &check).allowed("192.0.2.0/24, 2001:db8:1::/64");
+    manifest.write(&world.manifests)?;
+    let _daemon = world.daemon(&[])?;
+    let ask = |from: &Host, family| http_get(from, (lab.node.address(family), 32000), "/");
+    for family in FAMILIES {
+        let answered = || ask(&lab.allowed, family).is_ok_and(|answer| answer.status == 200);
+        ensure!(eventually(NOTICE, answered), "{:?}", ask(&lab.allowed, family));
+        ensure!(ask(&lab.refused, family).is_err(), "{family:?}: a refused client is told");
+        ensure!(ask(&lab.node, family).is_ok(), "{family:?}: the node itself is not told");
+    }
+    manifest.allowed("nobody").write(&world.manifests)?;
+    for family in FAMILIES {
+        let closed = || ask(&lab.allowed, family).is_err();
+        ensure!(eventually(NOTICE, closed), "{family:?}: told by a list that is not understood");
     }
     Ok(())
 }
@@ -81,8 +119,9 @@ fn who_is_masqueraded() -> Result<()> {
         "links of pods are called otherwise: {by_link}"
     );
     // Arguments, and whether a pod here and a client elsewhere keep their addresses.
-    let table: [(&[&str], [bool; 2]); 6] = [
-        (&[], [true, false]),
+    let table: [(&[&str], [bool; 2]); 7] = [
+        (&[], [true, true]),
+        (&["--node-cidr"], [true, false]),
         (&["--cluster-cidr", "10.244.0.0/16,fd00:10:244::/56"], [true, false]),
         (&["--cluster-cidr", "192.0.2.0/24,2001:db8:1::/64"], [false, true]),
         (&["--pod-interface-name-prefix", prefix], [true, false]),

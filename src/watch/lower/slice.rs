@@ -18,6 +18,13 @@ const SERVICE_LABEL: &str = "kubernetes.io/service-name";
 /// The label of slices of headless Services, which no proxy serves.
 pub(crate) const HEADLESS_LABEL: &str = "service.kubernetes.io/headless";
 
+/// The annotation that says how many connections each endpoint of a slice gets in proportion to
+/// those of other slices, from 0 to [`MOST_WEIGHT`].
+pub const WEIGHT_ANNOTATION: &str = "portcullis.dev/weight";
+
+/// The largest weight: each unit is a slot of the balancer.
+const MOST_WEIGHT: u8 = 100;
+
 /// Namespace and name of the object.
 pub fn slice_name(object: &discovery::EndpointSlice) -> SliceName {
     SliceName { namespace: namespace(&object.metadata), name: name(&object.metadata) }
@@ -60,6 +67,18 @@ pub fn slice(object: &discovery::EndpointSlice) -> Option<EndpointSlice> {
     })
 }
 
+/// 1 where nobody says.
+fn weight(object: &discovery::EndpointSlice, findings: &mut Findings) -> u8 {
+    let annotations = object.metadata.annotations.as_ref();
+    let Some(text) = annotations.and_then(|all| all.get(WEIGHT_ANNOTATION)) else { return 1 };
+    let weight = text.trim().parse().ok().filter(|weight| *weight <= MOST_WEIGHT);
+    if weight.is_none() {
+        let message = format!("{} is not a number from 0 to {MOST_WEIGHT}; 1 is used", shown(text));
+        findings.error(format!("metadata.annotations[{WEIGHT_ANNOTATION}]"), message);
+    }
+    weight.unwrap_or(1)
+}
+
 fn ports(object: &discovery::EndpointSlice, findings: &mut Findings) -> Vec<SlicePort> {
     let mut seen = BTreeSet::new();
     let mut ports = Vec::new();
@@ -94,6 +113,7 @@ fn endpoints(
     // Many endpoints, few nodes: one copy of each name.
     let mut nodes: BTreeMap<&str, Arc<str>> = BTreeMap::new();
     let mut hints = SharedHints::default();
+    let weight = weight(object, findings);
     let mut endpoints = Vec::new();
     for (index, entry) in object.endpoints.iter().flatten().enumerate() {
         let Some(text) = entry.addresses.first() else {
@@ -116,7 +136,7 @@ fn endpoints(
             .as_deref()
             .map(|name| Arc::clone(nodes.entry(name).or_insert_with(|| name.into())));
         let readiness = readiness(entry.conditions.as_ref());
-        endpoints.push(Endpoint { address, readiness, node, hints: hints.of(entry) });
+        endpoints.push(Endpoint { address, readiness, node, weight, hints: hints.of(entry) });
     }
     endpoints
 }

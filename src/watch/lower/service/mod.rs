@@ -79,9 +79,6 @@ pub fn service(object: &core::Service) -> Option<Service> {
     let exposure = exposure(spec, &mut findings);
     let ports =
         if cluster_ips.is_empty() { Vec::new() } else { ports(spec, exposure, &mut findings) };
-    let has_node_ports = ports.iter().any(|port| port.node_port.is_some());
-    let node_port_sources = sources(object, has_node_ports, &mut findings);
-    unknown_annotations(object, &mut findings);
     let created = object.metadata.creation_timestamp.as_ref();
     let mut external = External::of(object, spec, exposure, &cluster_ips, &mut findings);
     let own = |port: &ServicePort| {
@@ -92,6 +89,10 @@ pub fn service(object: &core::Service) -> Option<Service> {
         findings.error("spec.healthCheckNodePort", message);
         external.health_check_port = None;
     }
+    let has_node_ports =
+        external.health_check_port.is_some() || ports.iter().any(|port| port.node_port.is_some());
+    let node_port_sources = sources(object, has_node_ports, &mut findings);
+    unknown_annotations(object, &mut findings);
     Some(Service {
         created: created.map_or(0, |time| time.0.as_second()),
         ports,

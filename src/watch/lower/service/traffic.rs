@@ -8,7 +8,7 @@ use super::super::{Findings, shown};
 use super::annotation_field;
 use crate::model::{Balancing, TrafficPolicy};
 
-/// The annotation that says how an endpoint is chosen: `random` or `source-hash`.
+/// The annotation that says how an endpoint is chosen: `random`, `weighted` or `source-hash`.
 pub const BALANCING_ANNOTATION: &str = "portcullis.dev/balancing";
 
 /// For how long a client keeps its endpoint where nobody says, in seconds
@@ -66,10 +66,13 @@ pub(super) fn balancing(object: &core::Service, findings: &mut Findings) -> Bala
     let annotations = object.metadata.annotations.as_ref();
     match annotations.and_then(|all| all.get(BALANCING_ANNOTATION)).map(String::as_str) {
         None | Some("random") => Balancing::Random,
+        Some("weighted") => Balancing::Weighted,
         Some("source-hash") => Balancing::SourceHash,
         Some(other) => {
-            let message =
-                format!("{} is none of random and source-hash; treated as random", shown(other));
+            let message = format!(
+                "{} is none of random, weighted and source-hash; treated as random",
+                shown(other)
+            );
             findings.error(annotation_field(BALANCING_ANNOTATION), message);
             Balancing::Random
         }
