@@ -8,10 +8,11 @@ INSTALL ?=
 PREPARE := integration/prepare.sh $(if $(INSTALL),--install)
 ARCH ?=
 CLUSTERS ?=
+FOCUS ?=
 BENCH_ARGS ?= --json docs/benchmarks/ruleset.json --markdown docs/benchmarks.md
 
 .DEFAULT_GOAL := help
-.PHONY: help build image demo test kind-image kind-test unit lint fmt bench deny clean
+.PHONY: help build image demo test kind-image kind-test kind-e2e kind-delete unit lint fmt bench deny clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +40,14 @@ kind-image: ## Make the image of a kind node, from Debian packages and Go module
 kind-test: ## Test image and manifests on clusters of kind; CLUSTERS="ipv4 dual takeover", KEEP=1 (root)
 	@$(PREPARE) kind
 	@integration/kind/engine.sh integration/kind/test.sh $(CLUSTERS)
+
+kind-e2e: ## Run upstream's network tests on kind; FOCUS=REGEX, CLUSTER=dual, KUBE_PROXY=1, KEEP=1 (root)
+	@$(PREPARE) kind
+	@integration/kind/engine.sh integration/kind/e2e.sh $(if $(FOCUS),'$(FOCUS)')
+
+kind-delete: ## Delete the cluster that KEEP=1 left, and the engine that was started for it (root)
+	@integration/kind/engine.sh integration/kind/delete.sh
+	@integration/kind/engine.sh --end
 
 unit: ## Run the tests that need no root: unit, golden and laws
 	$(CARGO) test --locked --package portcullis

@@ -4,6 +4,9 @@
 # test run. What is built already is not built again: the directory's name has a hash of everything
 # that decides what comes out.
 #
+# usage: build.sh [e2e]
+#   e2e  builds upstream's test suite, too, and what runs it
+#
 # environment:
 #   PORTCULLIS_KIND_DIR  where everything of kind is kept (default: portcullis/kind in the cache)
 set -euo pipefail
@@ -25,13 +28,14 @@ retry() {
 
 # compile BINARY MODULE PACKAGE [LINKER FLAGS]: it gets its name when it is complete.
 compile() {
-    local binary=$1 module=$2 package=$3 flags=${4:-}
+    local binary=$1 module=$2 package=$3 flags=${4:-} command=(build)
+    [[ $binary == *.test ]] && command=(test -c -vet=off)
     [[ -x $directory/$binary ]] && return
     say "building $binary"
     (
         cd "$module"
-        retry go list -mod=readonly -deps "$package" >/dev/null
-        CGO_ENABLED=0 go build -mod=readonly -trimpath \
+        retry go list -mod=readonly -deps -test "$package" >/dev/null
+        CGO_ENABLED=0 go "${command[@]}" -mod=readonly -trimpath \
             -tags 'no_aufs no_zfs no_btrfs no_devmapper' -ldflags "-s -w $flags" \
             -o "$directory/.$binary" "$package"
     ) >&2
@@ -72,4 +76,10 @@ done
 compile crictl "$here/go/crictl" sigs.k8s.io/cri-tools/cmd/crictl
 compile kind "$here/go/kind" sigs.k8s.io/kind
 [[ -x $directory/pause ]] || cc -Os -static -s -o "$directory/pause" "$here/pause.c"
+if [[ ${1:-} == e2e ]]; then
+    compile ginkgo "$controlplane/kubernetes" github.com/onsi/ginkgo/v2/ginkgo
+    compile e2e.test "$controlplane/kubernetes" k8s.io/kubernetes/test/e2e "$stamp"
+    compile regression-issue-74839 "$controlplane/kubernetes" \
+        k8s.io/kubernetes/test/images/regression-issue-74839
+fi
 echo "$directory"

@@ -3,12 +3,9 @@
 # with `check_`, as the table has it. A check passes if its function returns 0; what it puts into
 # `detail` stands in the table.
 #
-# From test.sh: kubectl, families, nodes, workers, control_plane, program, work, ip NODE FAMILY,
-# eventually.
+# From cluster.sh: kubectl, nodes, workers, control_plane, ALLOWED, REFUSED, program, ip NODE FAMILY,
+# eventually. From test.sh: families, work.
 # shellcheck disable=SC2154
-
-# The clients outside of the cluster.
-readonly ALLOWED=portcullis-client-a REFUSED=portcullis-client-b
 
 # url ADDRESS PORT [PATH]
 url() {
@@ -280,9 +277,9 @@ under_load() {
     done
     read -r name node pod < <(pods client)
     for family in $families; do
-        load $ALLOWED "${curl[@]}" "$(url "$(ip "${workers%% *}" "$family")" 30080)" >"$work/load-1-$family" &
+        load "$ALLOWED" "${curl[@]}" "$(url "$(ip "${workers%% *}" "$family")" 30080)" >"$work/load-1-$family" &
         jobs+=($!)
-        load $REFUSED "${curl[@]}" "$(url "$(ip "${workers##* }" "$family")" 30080)" >"$work/load-2-$family" &
+        load "$REFUSED" "${curl[@]}" "$(url "$(ip "${workers##* }" "$family")" 30080)" >"$work/load-2-$family" &
         jobs+=($!)
         query="host=$(cluster_ip web "$family")&port=80&protocol=http&request=hostname"
         # shellcheck disable=SC2016

@@ -4,6 +4,7 @@
 # its own: the machine's network stays as it is.
 #
 # usage: engine.sh COMMAND...
+#        engine.sh --end       ends an engine that was kept
 #
 # environment:
 #   KEEP=1               an engine that was started for the command goes on after it
@@ -14,18 +15,24 @@ cache=${PORTCULLIS_KIND_DIR:-${XDG_CACHE_HOME:-${HOME:?}/.cache}/portcullis/kind
 directory=$cache/engine
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
-# What the kubelets of a cluster set for the whole machine, and what systemd in several containers
-# needs of it. It is put back at the end.
+# What the kubelets of a cluster set for the whole machine, and what is raised below. It is put back at
+# the end.
 readonly SETTINGS=(kernel.panic kernel.panic_on_oops vm.overcommit_memory vm.panic_on_oom
     kernel.keys.root_maxkeys kernel.keys.root_maxbytes
-    fs.inotify.max_user_instances fs.inotify.max_user_watches)
-readonly WATCHERS=1024
+    fs.inotify.max_user_instances fs.inotify.max_user_watches
+    net.ipv4.neigh.default.gc_thresh2 net.ipv4.neigh.default.gc_thresh3
+    net.ipv6.neigh.default.gc_thresh2 net.ipv6.neigh.default.gc_thresh3)
+# What is raised to at least this: systemd in several containers needs many inotify instances, and
+# neighbours are counted over all network namespaces of the machine.
+readonly WANTED=(fs.inotify.max_user_instances=1024
+    net.ipv4.neigh.default.gc_thresh3=32768 net.ipv4.neigh.default.gc_thresh2=16384
+    net.ipv6.neigh.default.gc_thresh3=32768 net.ipv6.neigh.default.gc_thresh2=16384)
 
 say() { printf '%s\n' "engine.sh: $*" >&2; }
 
 main() {
     # One that was kept is used again.
-    if [[ -f $directory/pid ]] && answers "unix://$directory/docker.sock"; then
+    if kept; then
         exec nsenter --target "$(<"$directory/pid")" --net --mount \
             env "DOCKER_HOST=unix://$directory/docker.sock" "$@"
     fi
@@ -40,7 +47,23 @@ main() {
         say 'there is neither an engine that answers nor a dockerd to start (Debian: docker.io)'
         exit 1
     fi
+    # Some settings are in the first network namespace alone.
+    exec {outside}</proc/self/ns/net
+    export outside
     exec unshare --net --mount "${BASH_SOURCE[0]}" --inside "$@"
+}
+
+kept() { [[ -f $directory/pid ]] && answers "unix://$directory/docker.sock"; }
+
+# Ends one that was kept, and with it everything that runs in it.
+end() {
+    if ! kept; then
+        say 'there is none of this script to be ended'
+        return
+    fi
+    engine=$(<"$directory/pid")
+    before=$(cat "$directory/before")
+    stop
 }
 
 # answers HOST: whether an engine answers there; an empty HOST is the default of docker.
@@ -59,12 +82,12 @@ inside() {
     before=$(settings)
     engine=
     mkdir -p "$directory"
+    printf '%s\n' "$before" >"$directory/before"
     trap stop EXIT
     ip link set lo up
     see_own_network
     start
-    (($(sysctl -n fs.inotify.max_user_instances) >= WATCHERS)) ||
-        sysctl -qw "fs.inotify.max_user_instances=$WATCHERS"
+    raise
     export DOCKER_HOST=unix://$directory/docker.sock
     # A child, so that a signal to it ends it and not this.
     "$@" || code=$?
@@ -72,7 +95,7 @@ inside() {
         trap - EXIT
         say "the engine goes on (process $engine). To work with it: nsenter --target $engine --net --mount" \
             "env DOCKER_HOST=$DOCKER_HOST bash"
-        say "To end it: kill $engine. What was set for the machine before: ${before//$'\n'/ }"
+        say "To end it: make kind-delete"
     fi
     exit $code
 }
@@ -80,7 +103,24 @@ inside() {
 settings() {
     local name
     for name in "${SETTINGS[@]}"; do
-        sysctl "$name" 2>/dev/null | tr -d ' ' || true
+        machine "$name" | tr -d ' ' || true
+    done
+}
+
+# machine ARGUMENT...: sysctl, in the network namespace that this was called in.
+machine() {
+    if [[ -n ${outside:-} ]]; then
+        nsenter --net="/proc/self/fd/$outside" sysctl "$@" 2>/dev/null
+    else
+        sysctl "$@" 2>/dev/null
+    fi
+}
+
+raise() {
+    local wanted now
+    for wanted in "${WANTED[@]}"; do
+        now=$(machine -n "${wanted%=*}") || continue
+        ((now >= ${wanted#*=})) || machine -qw "$wanted" || say "cannot set $wanted"
     done
 }
 
@@ -127,13 +167,12 @@ stop() {
         done
     fi
     while read -r line; do
-        [[ -z $line ]] || sysctl -qw "$line" || true
+        [[ -z $line ]] || machine -qw "$line" || true
     done <<<"$before"
 }
 
-if [[ ${1:-} == --inside ]]; then
-    shift
-    inside "$@"
-else
-    main "$@"
-fi
+case ${1:?a command is missing} in
+    --inside) shift && inside "$@" ;;
+    --end) end ;;
+    *) main "$@" ;;
+esac

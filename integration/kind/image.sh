@@ -10,7 +10,6 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 cache=${PORTCULLIS_KIND_DIR:-${XDG_CACHE_HOME:-${HOME:?}/.cache}/portcullis/kind}
 
-readonly SUITE=bookworm
 # Of systemd, what a node needs of it; of the rest, what the kubelet, kubeadm, kind and the test run.
 readonly PACKAGES=systemd,systemd-sysv,dbus,iproute2,nftables,iptables,conntrack,socat,ethtool,kmod,mount,procps,ca-certificates,util-linux,curl,jq,iputils-ping,libseccomp2,runc,containernetworking-plugins
 
@@ -24,7 +23,7 @@ main() {
         say "making $name"
         work=$(mktemp -d "$cache/node.XXXXXX")
         trap 'rm -rf "$work"' EXIT
-        root_filesystem "$work/root" >&2
+        "$here/debian.sh" "$PACKAGES" "$work/root"
         container_images "$binaries" "$work/root/kind/images"
         node "$binaries" "$work/root"
         tar -C "$work/root" -c . |
@@ -38,32 +37,8 @@ main() {
 fingerprint() {
     {
         basename "$1"
-        cd "$here" && find image.sh node ../../image/archive.py -type f -print0 | sort -z | xargs -0 sha256sum
+        cd "$here" && find image.sh debian.sh node ../../image/archive.py -type f -print0 | sort -z | xargs -0 sha256sum
     } | sha256sum | cut -c 1-16
-}
-
-# What debootstrap makes is kept, as an archive: it takes the longest, and changes with PACKAGES
-# alone.
-root_filesystem() {
-    local archive
-    archive=$cache/rootfs-$(sha256sum <<<"$SUITE $PACKAGES" | cut -c 1-16).tar.gz
-    mkdir "$1"
-    if [[ ! -f $archive ]]; then
-        say "installing Debian $SUITE"
-        debootstrap --variant=minbase --include="$PACKAGES" "$SUITE" "$1" >"$cache/debootstrap.log" || {
-            tail -n 20 "$cache/debootstrap.log" >&2
-            exit 1
-        }
-        (
-            cd "$1"
-            rm -rf var/cache/apt/* var/lib/apt/lists/* usr/share/{doc,man,locale,info,perl,i18n} \
-                usr/lib/*/perl* dev/*
-        )
-        tar -C "$1" -cz -f "$archive.tmp" .
-        mv "$archive.tmp" "$archive"
-    else
-        tar -C "$1" -xz -f "$archive"
-    fi
 }
 
 # The images that kubeadm asks for, by the names that it has for them.
