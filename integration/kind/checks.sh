@@ -102,10 +102,19 @@ check_node_port_from_outside() {
         for node in $nodes; do
             answers=$(times 20 fetch "$ALLOWED" "$(url "$(ip "$node" "$family")" 30080)") || return 1
             (($(lines "$answers") == 2)) || { detail="$node: $answers"; return 1; }
-            ((count += 20))
+            answers=$(times 20 datagram "$ALLOWED" "$(ip "$node" "$family")" 30080) || return 1
+            (($(lines "$answers") == 2)) || { detail="$node, UDP: $answers"; return 1; }
+            ((count += 40))
         done
     done
-    detail="$count connections to 3 nodes"
+    detail="$count connections and datagrams to 3 nodes, 2 endpoints each"
+}
+
+# datagram CONTAINER HOST PORT: asks for the server's name over UDP, from a socket of its own.
+datagram() {
+    docker exec "$1" bash -c '
+        exec 3<>"/dev/udp/$1/$2" && echo hostname >&3 &&
+            timeout 3 dd bs=512 count=1 status=none <&3 && echo' bash "$2" "$3"
 }
 
 # allow VALUE: the annotation.
@@ -148,6 +157,44 @@ check_firewall() {
     eventually 15 reaches "$REFUSED" yes || { detail='closed without the annotation'; return 1; }
     reaches "$ALLOWED" yes || { detail='closed without the annotation'; return 1; }
     detail='allowed, refused, swapped, nonsense, none; at 3 nodes'
+}
+
+# Who wants to know why finds it: in the log of the node that refused, and as an Event of the Service.
+check_said() {
+    local node=${workers%% *} listener
+    allow "$(addresses "$ALLOWED")"
+    eventually 15 reaches "$ALLOWED" yes || return 1
+    fetch "$REFUSED" "$(url "$(ip "$node" 4)" 30090)" >/dev/null && return 1
+    eventually 15 logged "$node" "refused a connection.*shop/guarded.*source=$(ip "$REFUSED" 4) .*30090" ||
+        { detail='the log does not tell of a refused client'; return 1; }
+    allow 'nonsense'
+    eventually 15 logged "$node" 'Service shop/guarded.*allowed-source-cidrs.*nonsense' ||
+        { detail='the log does not tell of a bad annotation'; return 1; }
+    kubectl --namespace shop annotate service guarded portcullis.dev/allowed-source-cidrs- >/dev/null
+    # A process where a node port is gets nothing, and only this node knows.
+    docker exec "$node" socat TCP-LISTEN:30080,reuseaddr,fork /dev/null &
+    listener=$!
+    eventually 30 described web "NodePortInUse.*node $node: .*30080" ||
+        { detail='no Event tells of a process at the node port'; stop_socat "$node" "$listener"; return 1; }
+    stop_socat "$node" "$listener"
+    detail='refused client and bad annotation in the log, process at a node port as an Event'
+}
+
+# logged NODE PATTERN: whether the daemon of this node has written it.
+logged() {
+    local pod
+    pod=$(kubectl --namespace portcullis get pods --field-selector "spec.nodeName=$1" --output name)
+    kubectl --namespace portcullis logs "$pod" | grep -q "$2"
+}
+
+# described SERVICE PATTERN
+described() {
+    kubectl --namespace shop describe service "$1" | grep -q "$2"
+}
+
+stop_socat() {
+    docker exec "$1" pkill -x socat
+    wait "$2" || true
 }
 
 # An open connection ends with the permission.
@@ -311,6 +358,71 @@ rolling_update() {
 
 check_rolling_update() {
     under_load rolling_update
+}
+
+# The daemon of each node is killed, one after the other. Nothing is left to it to do in its last moment.
+check_killed() {
+    under_load kill_daemons
+}
+
+kill_daemons() {
+    local node daemon
+    for node in $nodes; do
+        daemon=$(docker exec "$node" pgrep -x portcullis) || return 1
+        docker exec "$node" kill -9 "$daemon" || return 1
+        eventually 60 ready_again "$node" "$daemon" || return 1
+    done
+}
+
+# ready_again NODE PROCESS: whether there is a daemon, it is ready, and it is another process.
+ready_again() {
+    local daemon
+    daemon=$(docker exec "$1" pgrep -x portcullis) || return 1
+    [[ $daemon != "$2" ]] && docker exec "$1" curl --silent --fail http://127.0.0.1:10256/readyz >/dev/null
+}
+
+# A node loses its power and is deleted; then it boots and is a node again.
+check_node_away() {
+    local node=${workers##* } other=${workers%% *} address
+    address=$(ip "$node" 4)
+    docker kill "$node" >/dev/null
+    kubectl delete node "$node" --timeout 60s >/dev/null
+    eventually 120 endpoints web 1 || { detail='endpoints of the deleted node stay'; return 1; }
+    sleep 1
+    times 20 fetch "$other" "$(url "$(cluster_ip web 4)" 80)" >/dev/null ||
+        { detail='the ClusterIP fails without the node'; return 1; }
+    times 20 fetch "$ALLOWED" "$(url "$(ip "$other" 4)" 30080)" >/dev/null ||
+        { detail='the node port fails without the node'; return 1; }
+    docker start "$node" >/dev/null
+    # Before its Pods start, which get a copy.
+    name_control_plane "$node"
+    [[ $(ip "$node" 4) == "$address" ]] || { detail='the engine gave it another address'; return 1; }
+    eventually 90 have_ranges || { detail='it does not come back'; return 1; }
+    for other in $nodes; do
+        network "$other"
+    done
+    kubectl wait --for condition=Ready "node/$node" --timeout 60s >/dev/null || return 1
+    kubectl --namespace portcullis rollout status daemonset portcullis --timeout 120s >/dev/null ||
+        { detail='the daemon does not get ready'; return 1; }
+    kubectl --namespace shop rollout status deployment web --timeout 120s >/dev/null ||
+        { detail='no server comes back'; return 1; }
+    eventually 15 spread "$node" || { detail='it does not serve as the others do'; return 1; }
+    detail='2 nodes serve without it, 3 with it again'
+}
+
+# endpoints SERVICE COUNT: whether so many are ready.
+endpoints() {
+    local ready
+    ready=$(kubectl --namespace shop get endpointslices --selector "kubernetes.io/service-name=$1" --output json |
+        docker exec --interactive "$control_plane" jq \
+            '[.items[] | select(.addressType == "IPv4") | .endpoints[]? | select(.conditions.ready)] | length')
+    ((ready == $2))
+}
+
+# spread NODE: whether both endpoints answer at its node port.
+spread() {
+    local answers
+    answers=$(times 20 fetch "$ALLOWED" "$(url "$(ip "$1" 4)" 30080)") && (($(lines "$answers") == 2))
 }
 
 # The API server stands still; what it has said stays in force. Then a change is followed.

@@ -140,7 +140,7 @@ ranges() {
 have_ranges() {
     local node
     for node in $nodes; do
-        [[ -n $(ranges "$node") ]] || return 1
+        [[ -n $(ranges "$node" 2>/dev/null) ]] || return 1
     done
 }
 
