@@ -58,9 +58,16 @@ case $target in
   test) need_root; need_rust; need nft nftables; need ip iproute2; need iptables iptables; need setcap libcap2-bin; need_go ;;
   image) need_rust; need python3 python3; need readelf binutils ;;
   kind)
-    need_root; need_rust; need python3 python3; need readelf binutils; need debootstrap debootstrap
+    need_rust; need python3 python3; need readelf binutils
     command -v docker >/dev/null || packages+=(docker.io)
-    command -v go >/dev/null || problems+=("no Go: a cluster is built from Go modules")
+    if [ -n "${NODE_IMAGE:-}" ]; then
+      # The rest is in that image.
+      command -v kind >/dev/null || problems+=("no kind in PATH: https://kind.sigs.k8s.io")
+      command -v kubectl >/dev/null || problems+=("no kubectl in PATH")
+    else
+      need_root; need debootstrap debootstrap
+      command -v go >/dev/null || problems+=("no Go: a cluster is built from Go modules")
+    fi
     ;;
   lint) need_rust; need_lints; need git git; need shellcheck shellcheck ;;
   *) echo "prepare.sh: no such target: $target" >&2; exit 2 ;;

@@ -5,6 +5,7 @@ or if none ran.
 usage: e2e-report.py JUNIT
 """
 
+import re
 import sys
 import xml.etree.ElementTree as xml
 
@@ -18,7 +19,8 @@ def main():
             if case.get("status") not in ("passed", "skipped"):
                 failed.append((name, case))
             continue
-        name = name.removeprefix("[It] ")
+        # Without the list of labels, which are in the name, too.
+        name = re.sub(r" \[[^]]*\]$", "", name.removeprefix("[It] "))
         if case.get("status") == "passed":
             passed.append((name, case))
         elif case.get("status") in ("skipped", "pending"):
