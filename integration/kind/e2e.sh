@@ -74,9 +74,11 @@ set_up() {
     echo "$CLUSTER $PROXY" >"$work/kind"
 }
 
-# Features that the cluster has. One with a single family skips dual-stack tests by itself.
+# Of the tests for a feature, those for two families, where the cluster has them.
 suite() {
-    local labels='!Serial && !Disruptive && !Flaky && Feature: isSubsetOf {IPv6DualStack}'
+    local feature='Feature: isEmpty'
+    [[ $CLUSTER != dual ]] || feature='Feature: isSubsetOf {IPv6DualStack}'
+    local labels="!Serial && !Disruptive && !Flaky && $feature"
     local options=(--procs "${PROCESSES:-3}" --no-color --timeout "$LIMIT" --flake-attempts 1
         --focus "$FOCUS" --label-filter "$labels" --output-dir "$reports" --junit-report junit.xml)
     local skip
