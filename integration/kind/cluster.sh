@@ -114,6 +114,9 @@ settle() {
     for node in $nodes; do
         network "$node"
         name_control_plane "$node"
+        # As docs/cluster.md has it: the daemon's container cannot.
+        docker exec "$node" sysctl --quiet --write net.netfilter.nf_conntrack_tcp_timeout_established=86400 \
+            net.netfilter.nf_conntrack_tcp_timeout_close_wait=3600
     done
     kubectl wait --for condition=Ready nodes --all --timeout 120s
     for name in $ALLOWED $REFUSED; do
