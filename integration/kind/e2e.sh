@@ -67,11 +67,21 @@ set_up() {
     must_be_alone
     create "$CLUSTER"
     settle
+    widen
     for archive_of_tests in "$images"/*.tar; do
         kind load image-archive --name "$NAME" "$archive_of_tests"
     done
     "install_${PROXY:-portcullis}"
     echo "$CLUSTER $PROXY" >"$work/kind"
+}
+
+# Some tests want three nodes that Pods may run on, and each in a zone of its own.
+widen() {
+    local node zone=0
+    kubectl taint nodes "$control_plane" node-role.kubernetes.io/control-plane:NoSchedule-
+    for node in $nodes; do
+        kubectl label node "$node" "topology.kubernetes.io/zone=zone-$((++zone))"
+    done
 }
 
 # Of the tests for a feature, those for two families, where the cluster has them.
@@ -85,7 +95,7 @@ suite() {
     skip=$(skipped)
     [[ -z $skip ]] || options+=(--skip "$skip")
     PATH=$binaries:$PATH ginkgo "${options[@]}" "$binaries/e2e.test" -- \
-        -kubeconfig "$KUBECONFIG" -provider skeleton -num-nodes 2 >"$reports/e2e.log" 2>&1
+        -kubeconfig "$KUBECONFIG" -provider skeleton -num-nodes 3 >"$reports/e2e.log" 2>&1
 }
 
 # The names in e2e-skip.txt, as one regular expression that means them literally.
