@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# A cluster of kind with three nodes, a network for its Pods and a Service proxy. test.sh and e2e.sh source
+# A cluster of kind: its nodes, a network for its Pods and a Service proxy. test.sh and e2e.sh source
 # this file.
 #
 # environment:
@@ -17,7 +17,11 @@ cache=${PORTCULLIS_KIND_DIR:-${XDG_CACHE_HOME:-${HOME:?}/.cache}/portcullis/kind
 # The name of the cluster. manifests/overlays/kind has it, too.
 readonly NAME=portcullis
 readonly control_plane=$NAME-control-plane
-readonly workers="$NAME-worker $NAME-worker2"
+workers=$NAME-worker
+for ((number = 2; number <= ${WORKERS:-2}; number++)); do
+    workers+=" $NAME-worker$number"
+done
+readonly workers
 readonly nodes="$control_plane $workers"
 # The clients outside of the cluster.
 readonly ALLOWED=$NAME-client-a REFUSED=$NAME-client-b
@@ -85,9 +89,9 @@ delete_cluster() {
     done
 }
 
-# create ipv4|dual|...: a cluster of three nodes without a network for Pods and without a proxy.
+# create ipv4|dual|...: a cluster without a network for Pods and without a proxy.
 create() {
-    local family=ipv4 patches=''
+    local family=ipv4 patches='' roles='{role: control-plane}' worker
     [[ $1 == ipv4 ]] || family=dual
     # What the node image of ours needs, also on machines with cgroup v1. kind's own needs none of it.
     [[ -n ${NODE_IMAGE:-} ]] || patches='
@@ -98,11 +102,14 @@ kubeadmConfigPatches:
     cgroupDriver: cgroupfs
     oomScoreAdj: 0
     resolvConf: /kind/resolv.conf'
+    for worker in $workers; do
+        roles+=', {role: worker}'
+    done
     kind create cluster --name "$NAME" --image "$node_image" --config /dev/stdin <<END
 kind: Cluster
 apiVersion: kind.x-k8s.io/v1alpha4
 networking: {disableDefaultCNI: true, kubeProxyMode: none, ipFamily: $family}
-nodes: [{role: control-plane}, {role: worker}, {role: worker}]$patches
+nodes: [$roles]$patches
 END
     kind get kubeconfig --internal --name "$NAME" >"$work/kubeconfig-internal"
 }

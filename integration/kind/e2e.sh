@@ -12,6 +12,8 @@
 # environment:
 #   CLUSTER=dual   both families (default: ipv4)
 #   KUBE_PROXY=1   kube-proxy in nftables mode serves, to compare with
+#   WORKERS=5      so many nodes besides the control plane (default: 2). They are in three zones, and some
+#                  tests want two in each.
 #   PROCESSES=N    how many tests run at once (default: 3)
 #   KEEP=1         the cluster stays, and so does an engine that was started for it. A cluster that is there
 #                  is used again.
@@ -60,7 +62,8 @@ clean_up() {
 
 set_up() {
     local archive_of_tests
-    if [[ -n $(members) && $(cat "$work/kind" 2>/dev/null) == "$CLUSTER $PROXY" ]]; then
+    local kind_of="$CLUSTER $PROXY $nodes"
+    if [[ -n $(members) && $(cat "$work/kind" 2>/dev/null) == "$kind_of" ]]; then
         kubectl wait --for condition=Ready nodes --all --timeout 60s
         return
     fi
@@ -72,15 +75,17 @@ set_up() {
         kind load image-archive --name "$NAME" "$archive_of_tests"
     done
     "install_${PROXY:-portcullis}"
-    echo "$CLUSTER $PROXY" >"$work/kind"
+    echo "$kind_of" >"$work/kind"
 }
 
-# Some tests want three nodes that Pods may run on, and each in a zone of its own.
+# Some tests want three nodes that Pods may run on, in three zones. What distributes endpoints over zones
+# leaves a node out that is labelled as a control plane.
 widen() {
-    local node zone=0
+    local node number=0
     kubectl taint nodes "$control_plane" node-role.kubernetes.io/control-plane:NoSchedule-
+    kubectl label node "$control_plane" node-role.kubernetes.io/control-plane-
     for node in $nodes; do
-        kubectl label node "$node" "topology.kubernetes.io/zone=zone-$((++zone))"
+        kubectl label node "$node" "topology.kubernetes.io/zone=zone-$((number++ % 3))"
     done
 }
 
@@ -95,7 +100,7 @@ suite() {
     skip=$(skipped)
     [[ -z $skip ]] || options+=(--skip "$skip")
     PATH=$binaries:$PATH ginkgo "${options[@]}" "$binaries/e2e.test" -- \
-        -kubeconfig "$KUBECONFIG" -provider skeleton -num-nodes 3 >"$reports/e2e.log" 2>&1
+        -kubeconfig "$KUBECONFIG" -provider skeleton -num-nodes "$(wc -w <<<"$nodes")" >"$reports/e2e.log" 2>&1
 }
 
 # The names in e2e-skip.txt, as one regular expression that means them literally.
