@@ -34,7 +34,7 @@ main() {
     # One that was kept is used again.
     if kept; then
         exec nsenter --target "$(<"$directory/pid")" --net --mount \
-            env "DOCKER_HOST=unix://$directory/docker.sock" "$@"
+            env --chdir "$PWD" "DOCKER_HOST=unix://$directory/docker.sock" "$@"
     fi
     if answers "${DOCKER_HOST:-}"; then
         exec "$@"
