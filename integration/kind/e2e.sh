@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # `make kind-e2e`: upstream's own tests of the network on a cluster of kind whose Services Portcullis serves.
-# Prints a table; the report in JUnit's format, the log and what is to be said about failures are in
-# target/kind-e2e. No test is tried again.
+# Prints a table; the report in JUnit's format, the log and what is to be said about failures are in a
+# directory for each kind of cluster in target/kind-e2e. No test is tried again.
 #
 # usage: engine.sh e2e.sh [FOCUS]
 #   FOCUS  a regular expression of names (default: every test of the network)
@@ -28,7 +28,7 @@ source "$here/cluster.sh"
 
 readonly FOCUS=${1:-'\[sig-network\]'} CLUSTER=${CLUSTER:-ipv4} LIMIT=${LIMIT:-75m}
 readonly PROXY=${KUBE_PROXY:+kube_proxy}
-reports=$root/target/kind-e2e
+readonly reports=$root/target/kind-e2e/$CLUSTER${KUBE_PROXY:+-kube-proxy}
 
 main() {
     local code=0
