@@ -57,7 +57,7 @@ lint: ## Check format, lints, links of the documentation, licences and shell scr
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --locked --workspace --all-targets -- --deny warnings
 	RUSTDOCFLAGS='--deny warnings' $(CARGO) doc --locked --workspace --no-deps --document-private-items --quiet
-	git ls-files -z '*.sh' .ci/run | xargs -0 shellcheck
+	git ls-files -z '*.sh' .ci/run 'integration/kind/node/*/bin/*' | xargs -0 shellcheck
 	@if command -v cargo-deny >/dev/null; then $(CARGO) deny check bans licenses sources; \
 	else echo "cargo-deny is not installed (cargo install --locked cargo-deny): licences and sources are not checked"; fi
 
