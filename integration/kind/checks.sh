@@ -7,6 +7,14 @@
 # eventually. From test.sh: families, work.
 # shellcheck disable=SC2154
 
+# A function of bash: asks over file descriptor 3, and reads the whole answer.
+# shellcheck disable=SC2016
+readonly ASK='ask() {
+    printf "GET /hostname HTTP/1.1\r\nHost: shop\r\n\r\n" >&3
+    read -r -t 3 line <&3 && [[ $line == HTTP/1.1\ 200* ]] || return 1
+    while read -r -t 0.5 -n 1 <&3; do :; done
+}'
+
 # url ADDRESS PORT [PATH]
 url() {
     case $1 in
@@ -204,13 +212,8 @@ check_revocation() {
     eventually 15 reaches "$ALLOWED" yes || return 1
     docker exec "$ALLOWED" rm -f /run/go
     # One connection, asked twice: before and after. /run/go says that it is after.
-    docker exec "$ALLOWED" bash -c '
+    docker exec "$ALLOWED" bash -c "$ASK"'
         exec 3<>"/dev/tcp/$1/30090"
-        ask() {
-            printf "GET /hostname HTTP/1.1\r\nHost: shop\r\n\r\n" >&3
-            read -r -t 3 line <&3 && [[ $line == HTTP/1.1\ 200* ]] || return 1
-            while read -r -t 1 -n 1 <&3; do :; done
-        }
         ask || { echo never; exit; }
         touch /run/asked
         for ((i = 0; i < 300; i++)); do [[ -e /run/go ]] && break; sleep 0.1; done
@@ -314,10 +317,23 @@ load() {
         echo "$well $failed"' bash "$@"
 }
 
+# hold CONTAINER HOST PORT: asks over one and the same connection until /run/stop is there, at most for ten
+# minutes, and prints how many answers came and how many did not.
+hold() {
+    docker exec "$1" bash -c "$ASK"'
+        exec 3<>"/dev/tcp/$1/$2" || { echo "0 1"; exit; }
+        end=$((SECONDS + 600)) well=0
+        while [[ ! -e /run/stop ]] && ((SECONDS < end)); do
+            ask || { echo "$well 1"; exit; }
+            ((++well))
+        done
+        echo "$well 0"' bash "$2" "$3"
+}
+
 # under_load COMMAND...: runs it while clients connect, from outside to the node ports of both workers
-# and from a Pod to a ClusterIP; fails if one connection does.
+# and from a Pod to a ClusterIP; fails if one connection does, or one that was open before.
 under_load() {
-    local name node pod container job jobs=() wells=0 faileds=0 well failed code=0 family query
+    local name node pod container job jobs=() wells=0 faileds=0 held=0 lost=0 well failed code=0 family query
     local curl=(curl --silent --globoff --fail --max-time 3)
     for container in $ALLOWED $REFUSED $nodes; do
         docker exec "$container" rm -f /run/stop
@@ -333,6 +349,8 @@ under_load() {
         load "$node" bash -c 'curl --silent --globoff --fail --max-time 10 "$1" | grep -q responses' \
             bash "$(url "$pod" 8080 "dial?$query")" >"$work/load-3-$family" &
         jobs+=($!)
+        hold "$ALLOWED" "$(ip "${workers%% *}" "$family")" 30080 >"$work/hold-$family" &
+        jobs+=($!)
     done
     sleep 2
     "$@" || code=1
@@ -346,9 +364,12 @@ under_load() {
     while read -r well failed; do
         ((wells += well, faileds += failed)) || true
     done < <(cat "$work"/load-*)
-    rm -f "$work"/load-*
-    detail="$wells connections, $faileds failed"
-    ((code == 0 && faileds == 0 && wells > 100))
+    while read -r well failed; do
+        ((held += well, lost += failed)) || true
+    done < <(cat "$work"/hold-*)
+    rm -f "$work"/load-* "$work"/hold-*
+    detail="$wells connections, $faileds failed; $lost open ones lost, $held answers over them"
+    ((code == 0 && faileds == 0 && lost == 0 && wells > 100 && held > 10))
 }
 
 rolling_update() {

@@ -89,18 +89,29 @@ widen() {
     done
 }
 
-# Of the tests for a feature, those for two families, where the cluster has them.
+# Of the tests for a feature, those for what the cluster has: two families or one, and a load balancer,
+# which needs a network that it may set routes in.
 suite() {
-    local feature='Feature: isEmpty'
-    [[ $CLUSTER != dual ]] || feature='Feature: isSubsetOf {IPv6DualStack}'
-    local labels="!Serial && !Disruptive && !Flaky && $feature"
+    local node code=0 skip balancer='' addresses=() features=()
+    [[ $CLUSTER != dual ]] || features+=(IPv6DualStack)
+    if [[ -n ${OWN_NETWORK:-} ]]; then
+        features+=(LoadBalancer)
+        for node in $nodes; do
+            addresses+=("$(ip "$node" 4)")
+        done
+        PATH=$binaries:$PATH "$here/load-balancer.py" "${addresses[@]}" >"$reports/load-balancer.log" 2>&1 &
+        balancer=$!
+    fi
+    local set="${features[*]}"
+    local labels="!Serial && !Disruptive && !Flaky && Feature: isSubsetOf {${set// /, }}"
     local options=(--procs "${PROCESSES:-3}" --no-color --timeout "$LIMIT" --flake-attempts 1
         --focus "$FOCUS" --label-filter "$labels" --output-dir "$reports" --junit-report junit.xml)
-    local skip
     skip=$(skipped)
     [[ -z $skip ]] || options+=(--skip "$skip")
-    PATH=$binaries:$PATH ginkgo "${options[@]}" "$binaries/e2e.test" -- \
-        -kubeconfig "$KUBECONFIG" -provider skeleton -num-nodes "$(wc -w <<<"$nodes")" >"$reports/e2e.log" 2>&1
+    PATH=$binaries:$PATH ginkgo "${options[@]}" "$binaries/e2e.test" -- -kubeconfig "$KUBECONFIG" \
+        -provider skeleton -num-nodes "$(wc -w <<<"$nodes")" >"$reports/e2e.log" 2>&1 || code=$?
+    [[ -z $balancer ]] || kill "$balancer"
+    return "$code"
 }
 
 # The names in e2e-skip.txt, as one regular expression that means them literally.

@@ -34,7 +34,7 @@ main() {
     # One that was kept is used again.
     if kept; then
         exec nsenter --target "$(<"$directory/pid")" --net --mount \
-            env --chdir "$PWD" "DOCKER_HOST=unix://$directory/docker.sock" "$@"
+            env --chdir "$PWD" OWN_NETWORK=1 "DOCKER_HOST=unix://$directory/docker.sock" "$@"
     fi
     if answers "${DOCKER_HOST:-}"; then
         exec "$@"
@@ -88,7 +88,8 @@ inside() {
     see_own_network
     start
     raise
-    export DOCKER_HOST=unix://$directory/docker.sock
+    # The command may set routes here.
+    export DOCKER_HOST=unix://$directory/docker.sock OWN_NETWORK=1
     # A child, so that a signal to it ends it and not this.
     "$@" || code=$?
     if [[ -n ${KEEP:-} ]]; then
