@@ -2,7 +2,8 @@
 """A load balancer for upstream's tests: gives every Service of type LoadBalancer an IPv4 address, and routes it,
 in the network namespace that this runs in, to the nodes that say that they can serve. With
 `externalTrafficPolicy: Local` these are the ones whose health check for the Service passes, otherwise the
-ones whose proxy is healthy. All connections of one client go to one node.
+ones whose proxy is healthy. All connections of one client go to one node, and those of this machine come from
+an address outside of the nodes' network, as those of a client far away.
 
 It runs until it is ended, and needs `kubectl` with its KUBECONFIG, `ip`, and root.
 
@@ -17,7 +18,8 @@ import urllib.error
 import urllib.request
 
 FINALIZER = "service.kubernetes.io/load-balancer-cleanup"
-# For documentation (RFC 5737), so it is nobody's.
+# Both are for documentation (RFC 5737), so they are nobody's.
+SOURCE = "192.0.2.1"
 ADDRESSES = [f"203.0.113.{host}" for host in range(1, 255)]
 PROXY_HEALTH = 10256
 
@@ -25,6 +27,7 @@ PROXY_HEALTH = 10256
 def main():
     nodes = sys.argv[1:]
     given, routes = {}, {}
+    run("ip", "address", "replace", f"{SOURCE}/32", "dev", "lo")
     while True:
         try:
             turn(nodes, given, routes)
@@ -96,7 +99,7 @@ def route(address, nodes, routes):
         return
     hops = [word for node in nodes for word in ("nexthop", "via", node)]
     # Nobody there: refused, as a load balancer without targets does.
-    arguments = [address, *hops] if hops else ["unreachable", address]
+    arguments = [address, "src", SOURCE, *hops] if hops else ["unreachable", address]
     run("ip", "route", "replace", *arguments)
     routes[address] = nodes
 
