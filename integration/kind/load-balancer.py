@@ -2,8 +2,8 @@
 """A load balancer for upstream's tests: gives every Service of type LoadBalancer an IPv4 address, and routes it,
 in the network namespace that this runs in, to the nodes that say that they can serve. With
 `externalTrafficPolicy: Local` these are the ones whose health check for the Service passes, otherwise the
-ones whose proxy is healthy. All connections of one client go to one node, and those of this machine come from
-an address outside of the nodes' network, as those of a client far away.
+ones whose proxy is healthy. With session affinity all connections go to one node. The connections of this
+machine come from an address outside of the nodes' network, as those of a client far away.
 
 It runs until it is ended, and needs `kubectl` with its KUBECONFIG, `ip`, and root.
 
@@ -27,6 +27,8 @@ PROXY_HEALTH = 10256
 def main():
     nodes = sys.argv[1:]
     given, routes = {}, {}
+    # Connections, and not only clients, are spread over the nodes.
+    run("sysctl", "--quiet", "--write", "net.ipv4.fib_multipath_hash_policy=1")
     run("ip", "address", "replace", f"{SOURCE}/32", "dev", "lo")
     while True:
         try:
@@ -83,7 +85,8 @@ def healthy(nodes, service):
     port = PROXY_HEALTH
     if service["spec"].get("externalTrafficPolicy") == "Local":
         port = service["spec"].get("healthCheckNodePort", port)
-    return [node for node in nodes if passes(f"http://{node}:{port}/healthz")]
+    able = [node for node in nodes if passes(f"http://{node}:{port}/healthz")]
+    return able[:1] if service["spec"]["sessionAffinity"] == "ClientIP" else able
 
 
 def passes(url):
