@@ -15,7 +15,7 @@ RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends libcap2-bin \
     && rm -rf /var/lib/apt/lists/*
 COPY image/compile.sh image/
-RUN image/compile.sh --install-cross "$TARGETARCH"
+RUN image/compile.sh --install-cross "$TARGETARCH" && rm -rf /var/lib/apt/lists/*
 COPY Cargo.toml Cargo.lock README.md LICENSE ./
 COPY integration/Cargo.toml integration/
 COPY benches benches

@@ -7,12 +7,14 @@ CARGO ?= cargo
 INSTALL ?=
 PREPARE := integration/prepare.sh $(if $(INSTALL),--install)
 ARCH ?=
+CLUSTERS ?=
+FOCUS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help build image demo test unit lint fmt bench bench-peer deny clean
+.PHONY: help build image demo test kind-image kind-test kind-e2e kind-delete unit lint fmt bench bench-peer deny clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: ## Build the release binary: target/release/portcullis
 	$(CARGO) build --locked --release --bin portcullis
@@ -30,6 +32,22 @@ test: ## Run every test: unit, golden, laws, real kernel, real API server (root)
 	@$(PREPARE) test
 	$(CARGO) test --locked --workspace
 
+kind-image: ## Make the image of a kind node, from Debian packages and Go modules (root)
+	@$(PREPARE) kind
+	@integration/kind/engine.sh integration/kind/image.sh
+
+kind-test: ## Test image and manifests on clusters of kind; CLUSTERS="ipv4 dual takeover", KEEP=1 (root)
+	@$(PREPARE) kind
+	@integration/kind/engine.sh integration/kind/test.sh $(CLUSTERS)
+
+kind-e2e: ## Run upstream's network tests on kind; FOCUS=REGEX, CLUSTER=dual, KUBE_PROXY=1, KEEP=1 (root)
+	@$(PREPARE) kind
+	@integration/kind/engine.sh integration/kind/e2e.sh $(if $(FOCUS),'$(FOCUS)')
+
+kind-delete: ## Delete the cluster that KEEP=1 left, and the engine that was started for it (root)
+	@integration/kind/engine.sh integration/kind/delete.sh
+	@integration/kind/engine.sh --end
+
 unit: ## Run the tests that need no root: unit, golden and laws
 	$(CARGO) test --locked --package portcullis
 
@@ -38,7 +56,7 @@ lint: ## Check format, lints, links of the documentation, licences and shell scr
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --locked --workspace --all-targets -- --deny warnings
 	RUSTDOCFLAGS='--deny warnings' $(CARGO) doc --locked --workspace --no-deps --document-private-items --quiet
-	git ls-files -z '*.sh' .ci/run | xargs -0 shellcheck
+	git ls-files -z '*.sh' .ci/run 'integration/kind/node/*/bin/*' | xargs -0 shellcheck
 	@if command -v cargo-deny >/dev/null; then $(CARGO) deny check bans licenses sources; \
 	else echo "cargo-deny is not installed (cargo install --locked cargo-deny): licences and sources are not checked"; fi
 

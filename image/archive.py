@@ -40,7 +40,7 @@ def main():
     }
     config = json.dumps(config, sort_keys=True).encode()
     config_name, layer_name = digest(config) + ".json", digest(packed) + ".tar.gz"
-    manifest = [{"Config": config_name, "RepoTags": [arguments.name], "Layers": [layer_name]}]
+    manifest = [{"Config": config_name, "RepoTags": [arguments.name, *arguments.also], "Layers": [layer_name]}]
     # It gets its name when it is complete.
     unfinished = arguments.archive + ".tmp"
     with tarfile.open(unfinished, "w") as tar:
@@ -59,6 +59,7 @@ def parse():
     parser.add_argument("archive")
     parser.add_argument("name", metavar="NAME[:TAG]")
     parser.add_argument("content", nargs="*", metavar="PATH=SOURCE")
+    parser.add_argument("--also", action="append", default=[], metavar="NAME[:TAG]", help="another name")
     parser.add_argument("--architecture", default="amd64")
     parser.add_argument("--entrypoint", action="append", default=[], metavar="WORD")
     parser.add_argument("--cmd", action="append", default=[], metavar="WORD")

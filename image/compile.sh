@@ -39,7 +39,6 @@ if [[ -n $install_cross ]]; then
         apt-get update -qq
         DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
             "gcc-$package-linux-gnu" "libc6-dev-$architecture-cross" >/dev/null
-        rm -rf /var/lib/apt/lists/*
         rustup target add "$target"
     fi
     exit

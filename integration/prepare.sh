@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# prepare.sh [--install] image|demo|test|bench|bench-peer|lint
+# prepare.sh [--install] image|demo|test|kind|bench|bench-peer|lint
 #
 # Checks that this machine has what a make target needs and says plainly what is missing. With
 # --install, or in CI (CI=true), installs the missing packages with apt.
@@ -11,7 +11,7 @@ if [ "${1:-}" = --install ]; then
   install=yes
   shift
 fi
-target=${1:?usage: prepare.sh [--install] image|demo|test|bench|bench-peer|lint}
+target=${1:?usage: prepare.sh [--install] image|demo|test|kind|bench|bench-peer|lint}
 
 # Rust as of rust-version in Cargo.toml.
 rust_wanted=1.91
@@ -58,6 +58,18 @@ case $target in
   bench-peer) need_root; need_rust; need nft nftables; need ip iproute2; need_go ;;
   test) need_root; need_rust; need nft nftables; need ip iproute2; need iptables iptables; need setcap libcap2-bin; need_go ;;
   image) need_rust; need python3 python3; need readelf binutils ;;
+  kind)
+    need_rust; need python3 python3; need readelf binutils
+    command -v docker >/dev/null || packages+=(docker.io)
+    if [ -n "${NODE_IMAGE:-}" ]; then
+      # The rest is in that image.
+      command -v kind >/dev/null || problems+=("no kind in PATH: https://kind.sigs.k8s.io")
+      command -v kubectl >/dev/null || problems+=("no kubectl in PATH")
+    else
+      need_root; need debootstrap debootstrap
+      command -v go >/dev/null || problems+=("no Go: a cluster is built from Go modules")
+    fi
+    ;;
   lint) need_rust; need_lints; need git git; need shellcheck shellcheck ;;
   *) echo "prepare.sh: no such target: $target" >&2; exit 2 ;;
 esac

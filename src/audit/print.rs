@@ -72,7 +72,7 @@ fn map_statement(json: &Value) -> Option<String> {
 
 /// Makes alike what nft versions write differently, and what the crate reads one way only: a single
 /// flag is a string up to nft 1.1.3 and a list in 1.1.7; flags are a set; `-n` gives the number of
-/// a reject code.
+/// a reject code; an offset, which has 32 bits, is given as if its first bit were a sign.
 fn normalise(json: &mut Value) {
     match json {
         Value::Array(list) => list.iter_mut().for_each(normalise),
@@ -90,6 +90,11 @@ fn normalise(json: &mut Value) {
                 && let Some(name) = code.as_u64().and_then(icmpx_code)
             {
                 *code = name.into();
+            }
+            if let Some(offset) = fields.get_mut("offset")
+                && let Some(Ok(signed)) = offset.as_i64().map(i32::try_from)
+            {
+                *offset = signed.cast_unsigned().into();
             }
             fields.values_mut().for_each(normalise);
         }
@@ -457,6 +462,13 @@ mod tests {
                     "data": "@endpoints",
                 }}}}),
                 "dnat ip6 to ip daddr . numgen random mod 3 map @endpoints",
+            ),
+            (
+                json!({"dnat": {"family": "ip", "addr": {"map": {
+                    "key": {"numgen": {"mode": "random", "mod": 1, "offset": -2_147_483_648_i64}},
+                    "data": "@endpoints",
+                }}}}),
+                "dnat ip to numgen random mod 1 offset 2147483648 map @endpoints",
             ),
             (json!({"masquerade": null}), "masquerade"),
             (json!({"masquerade": {"flags": "fully-random"}}), "masquerade fully-random"),

@@ -8,6 +8,7 @@ use kube::{Api, Client};
 use serde::de::DeserializeOwned;
 
 use super::Error;
+use super::wire::Wire;
 use crate::watch::{Index, Options, lower};
 
 /// How many objects the API server is asked for at a time.
@@ -23,14 +24,14 @@ const ATTEMPTS: usize = 3;
 pub async fn load(client: Client, options: &Options) -> Result<Index, Error> {
     let mut index = Index::new(options);
     let slices: Api<discovery::EndpointSlice> = Api::all(client.clone());
-    let services: Api<core::Service> = Api::all(client.clone());
+    let services: Api<Wire<core::Service>> = Api::all(client.clone());
     let nodes: Api<core::Node> = Api::all(client.clone());
-    let service_cidrs: Api<networking::ServiceCIDR> = Api::all(client);
+    let service_cidrs: Api<Wire<networking::ServiceCIDR>> = Api::all(client);
     let failed = |what| move |source| Error::List { what, source: Box::new(source) };
     for slice in all(&slices, &super::slices()).await.map_err(failed("EndpointSlices"))? {
         index.set_slice(&lower::slice_name(&slice), lower::slice(&slice));
     }
-    for service in all(&services, &super::services()).await.map_err(failed("Services"))? {
+    for Wire(service) in all(&services, &super::services()).await.map_err(failed("Services"))? {
         index.set_service(&lower::service_name(&service), lower::service(&service));
     }
     let node = nodes.get_opt(&options.node_name).await.map_err(failed("the Node"))?;
@@ -40,7 +41,7 @@ pub async fn load(client: Client, options: &Options) -> Result<Index, Error> {
         Err(kube::Error::Api(status)) if matches!(status.code, 403 | 404) => Vec::new(),
         listed => listed.map_err(failed("ServiceCIDRs"))?,
     };
-    for cidr in listed {
+    for Wire(cidr) in listed {
         index.set_service_cidr(&lower::service_cidr_name(&cidr), Some(lower::service_cidr(&cidr)));
     }
     Ok(index)

@@ -12,6 +12,8 @@
 //! - An object that vanishes while its watch is disconnected is missing in the next list, without
 //!   a word. `Relist` finds it, from the watchers' raw events.
 //! - An object that gets a label which a selector excludes appears as deleted, as it should.
+//! - An object that cannot be read ends its list, and its events in a watch are lost. `Wire` reads
+//!   no more than is needed.
 //! - Slices are lowered as they come; only Services, pruned, stay in a store.
 
 mod events;
@@ -20,6 +22,7 @@ mod list;
 mod outage;
 mod reconcile;
 mod relist;
+mod wire;
 
 use std::sync::Arc;
 
@@ -39,6 +42,7 @@ use crate::report::Reporter;
 use feed::{Event, Feed, prune};
 use outage::Outages;
 use reconcile::{Context, error_policy, named, reconcile, reference};
+use wire::{Wire, unwrapped};
 
 pub use events::publish;
 pub use list::load;
@@ -78,7 +82,7 @@ pub async fn run(
 ) -> Result<(), Error> {
     let outages = Arc::new(Outages::default());
     let probe = {
-        let services: Api<core::Service> = Api::all(client.clone());
+        let services: Api<Wire<core::Service>> = Api::all(client.clone());
         let (outages, one) = (Arc::clone(&outages), ListParams::default().limit(1));
         async move { outages.probe(async || services.list(&one).await.is_ok()).await }
     };
@@ -99,7 +103,7 @@ fn watch(
     let (store, writer) = reflector::store();
     let selected = watcher::Config::default;
     let services = watcher(Api::all(client.clone()), selected().labels(&services()));
-    let services = outages.pausing(services).modify(prune).reflect(writer);
+    let services = outages.pausing(unwrapped(services)).modify(prune).reflect(writer);
     let slices = watcher(Api::all(client.clone()), selected().labels(&slices()));
     let own = format!("metadata.name={}", options.node_name);
     let node = watcher(Api::all(client.clone()), selected().fields(&own));
@@ -108,7 +112,7 @@ fn watch(
         services.map(Event::Service).boxed(),
         outages.pausing(slices).map(Event::Slice).boxed(),
         outages.pausing(node).map(Event::Node).boxed(),
-        outages.pausing(service_cidrs).map(Event::ServiceCidr).boxed(),
+        outages.pausing(unwrapped(service_cidrs)).map(Event::ServiceCidr).boxed(),
     ];
     (store, stream::select_all(events).boxed())
 }

@@ -70,9 +70,11 @@ enum News {
 
 impl Outages {
     /// Takes what a watcher of `resource` tells, or how it failed.
-    pub(super) fn take<T>(&self, resource: Resource, told: &watcher::Result<T>) {
+    pub(super) fn take<T>(&self, resource: Resource, told: &watcher::Result<watcher::Event<T>>) {
         let mut state = self.state();
         match told {
+            // It is about to ask, and has no answer yet.
+            Ok(watcher::Event::Init) => {}
             Ok(_) => {
                 let news = state.works(resource);
                 log(news, resource, None);
@@ -279,6 +281,17 @@ mod tests {
     }
 
     #[test]
+    fn a_question_is_no_answer() {
+        let outages = Outages::default();
+        let refused = kube::Error::ReadEvents(std::io::ErrorKind::ConnectionRefused.into());
+        outages.take::<()>("Services", &Err(watcher::Error::InitialListFailed(refused)));
+        outages.take::<()>("Services", &Ok(watcher::Event::Init));
+        assert!(outages.state().silent.is_some());
+        outages.take::<()>("Services", &Ok(watcher::Event::InitDone));
+        assert!(outages.state().silent.is_none());
+    }
+
+    #[test]
     fn what_errors_mean() {
         let status = |code| Status { code, ..Status::default() }.boxed();
         for (code, expected) in [
@@ -323,7 +336,8 @@ mod tests {
             let refused = kube::Error::ReadEvents(std::io::ErrorKind::ConnectionRefused.into());
             Err(watcher::Error::WatchStartFailed(refused))
         };
-        let told = stream::iter((0..9).map(move |_| failure())).chain(stream::iter([Ok(())]));
+        let works = watcher::Event::Apply(());
+        let told = stream::iter((0..9).map(move |_| failure())).chain(stream::iter([Ok(works)]));
         let mut watcher = Box::pin(outages.pausing(told));
         let start = tokio::time::Instant::now();
         for _ in 0..8 {
@@ -340,7 +354,7 @@ mod tests {
         assert!(matches!(told, Some(Err(_))));
         assert_eq!(start.elapsed().as_secs(), 1);
         // It is not held against the watcher what was before.
-        assert!(matches!(watcher.next().await, Some(Ok(()))));
+        assert!(matches!(watcher.next().await, Some(Ok(_))));
         assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
     }
 }
