@@ -127,12 +127,29 @@ impl Conntrack {
 /// Lets packets with loopback addresses leave, which node ports at such addresses need. It lets them
 /// come, too, from whoever is on the same link, so the ruleset that drops those must be in force.
 pub fn route_localnet() {
-    let file = "proc/sys/net/ipv4/conf/all/route_localnet";
-    let setting = Setting { file, value: 1, how: How::Exactly };
+    let setting = Setting { file: ROUTE_LOCALNET, value: 1, how: How::Exactly };
     if let Err(error) = setting.apply(Path::new("/")) {
+        let file = ROUTE_LOCALNET;
         tracing::warn!(file, %error, "node ports are not served at loopback addresses");
     }
 }
+
+/// Sets back what [`route_localnet`] set.
+///
+/// # Errors
+/// When the kernel does not let this process.
+pub fn forbid_route_localnet() -> io::Result<()> {
+    let setting = Setting { file: ROUTE_LOCALNET, value: 0, how: How::Exactly };
+    setting.apply(Path::new("/")).map(drop)
+}
+
+/// Whether packets with loopback addresses may come and leave.
+pub fn allows_route_localnet() -> bool {
+    let file = Path::new("/").join(ROUTE_LOCALNET);
+    fs::read_to_string(file).is_ok_and(|value| value.trim() == "1")
+}
+
+const ROUTE_LOCALNET: &str = "proc/sys/net/ipv4/conf/all/route_localnet";
 
 impl Setting {
     /// Gives what the file held before, if that had to change.

@@ -1,8 +1,9 @@
 //! `portcullis cleanup`
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 use portcullis::netlink::{Batch, Error, Socket};
-use portcullis::ruleset::TABLE;
+use portcullis::ruleset::{SetName, TABLE};
+use portcullis::sysctl;
 use portcullis::takeover::{self, Outcome};
 
 use super::arguments::CleanupOptions;
@@ -22,6 +23,7 @@ fn ours() -> anyhow::Result<Verdict> {
         print(&format!("table inet {TABLE}: not there, nothing to remove\n"))?;
         return Ok(Verdict::Fine);
     }
+    let had_localhost = serves_localhost(&mut socket)?;
     let mut batch = Batch::new(TABLE);
     batch.delete_table();
     match socket.commit(batch) {
@@ -36,7 +38,27 @@ fn ours() -> anyhow::Result<Verdict> {
         }
         Err(error) => return Err(explain(error)),
     }
+    if had_localhost {
+        sysctl::forbid_route_localnet().context("set net.ipv4.conf.all.route_localnet back")?;
+        print("net.ipv4.conf.all.route_localnet: set back to 0\n")?;
+    } else if sysctl::allows_route_localnet() {
+        // Somebody else may need it, or it is from an earlier run of ours.
+        eprintln!(
+            "net.ipv4.conf.all.route_localnet is 1: unless other rules prevent it, neighbours on the \
+             link reach what listens on loopback addresses of this node; 0 is the kernel's default"
+        );
+    }
     Ok(Verdict::Fine)
+}
+
+/// Whether node ports are served at loopback addresses, which takes a setting of the kernel that lets
+/// others in where the table does not keep them out.
+fn serves_localhost(socket: &mut Socket) -> anyhow::Result<bool> {
+    let set = SetName::LocalhostIps.name();
+    let listed = socket.at_one_moment(|socket| socket.list_table(TABLE, |name, _| name != set));
+    let table = listed.map_err(explain)?;
+    Ok(table.and_then(|table| table.sets.get(&*set).map(|set| !set.elements.is_empty()))
+        == Some(true))
 }
 
 fn is_there(socket: &mut Socket) -> anyhow::Result<bool> {

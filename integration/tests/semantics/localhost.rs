@@ -3,6 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use anyhow::{Result, ensure};
+use portcullis_integration::daemon::command;
 use portcullis_integration::lab::eventually;
 use portcullis_integration::traffic::{Flow, Outcome, Probe, Protocol, Server};
 use serde_json::json;
@@ -68,13 +69,20 @@ fn node_ports_at_localhost() -> Result<()> {
     let set = lab.node.run(&["nft", "list", "set", "inet", "portcullis", "localhost-ips4"])?;
     ensure!(set.contains("127.0.0.0/8"), "{set}");
     daemon.terminate(NOTICE)?;
-    // The setting stays when nobody asks for it any more, and so do the rules.
+    // Who cleans up closes what was opened.
+    let setting = "net.ipv4.conf.all.route_localnet";
+    ensure!(lab.node.sysctl(setting)?.trim() == "1", "never set");
+    let output = lab.node.output(command(&["cleanup"])?)?;
+    ensure!(output.status.success() && lab.node.sysctl(setting)?.trim() == "0", "{output:?}");
+    // If it stays when nobody asks for it any more, or is somebody else's, so do the rules.
+    lab.node.set_sysctl(setting, "1")?;
     let daemon = world.daemon(&[])?;
-    ensure!(lab.node.sysctl("net.ipv4.conf.all.route_localnet")?.trim() == "1", "set back");
     let outcome = from_neighbour(OWN_PORT)?;
     ensure!(outcome == Outcome::TimedOut, "a neighbour gets in without the flag: {outcome:?}");
     daemon.terminate(NOTICE)?;
-    lab.node.nft("delete table inet portcullis")?;
+    let output = lab.node.output(command(&["cleanup"])?)?;
+    let said = String::from_utf8_lossy(&output.stderr).contains("route_localnet is 1");
+    ensure!(output.status.success() && said, "{output:?}");
     let outcome = from_neighbour(OWN_PORT)?;
     ensure!(
         outcome.by() == Some(own.name()),
