@@ -18,10 +18,12 @@ use tokio_util::sync::CancellationToken;
 use super::arguments::{Bind, RunOptions, Timeout};
 use super::config::Config;
 use super::kernel::{explain_commit, open_worker};
+use super::logs::Logs;
 use super::source::{Source, config, open, options};
 use super::{Verdict, print};
 
-pub fn run(arguments: &RunOptions) -> anyhow::Result<Verdict> {
+/// Programs this node. Of `logs`, the lines that are lost are counted.
+pub fn run(arguments: &RunOptions, logs: &Logs) -> anyhow::Result<Verdict> {
     let config = config(&arguments.node)?;
     let options = options(&arguments.node, &config)?;
     let reporter = Reporter::new(options.node_name.clone());
@@ -53,8 +55,12 @@ pub fn run(arguments: &RunOptions) -> anyhow::Result<Verdict> {
         } else {
             let (committer, thread) = Committer::start(worker);
             let health = Health::new(committer.pulse(), reporter.clone());
-            let metrics =
-                Metrics { pulse: committer.pulse(), reporter: reporter.clone(), occupied };
+            let metrics = Metrics {
+                pulse: committer.pulse(),
+                reporter: reporter.clone(),
+                occupied,
+                lost_lines: logs.lost(),
+            };
             let connections = Connections::default();
             let at = |flag: Option<Bind>, file: Option<Bind>, default: ([u8; 4], u16)| {
                 flag.or(file).unwrap_or(Bind(Some(default.into())))
