@@ -19,7 +19,7 @@ use ipnet::IpNet;
 use super::affinity::{self, Forgotten, Lapsed, Remembered};
 use super::revoke::{Guarded, Revocation};
 use super::stale::{Destination, Served};
-use crate::host::own_addresses;
+use crate::host::OwnAddresses;
 use crate::model::Family;
 use crate::netlink::{Error, Flow, Socket};
 use crate::ruleset::Contribution;
@@ -103,7 +103,12 @@ impl Sweeper {
         let (work, queue) = mpsc::channel();
         let (forget, forgotten) = mpsc::channel();
         let in_force = Arc::<Mutex<InForce>>::default();
-        let thread = Thread { in_force: Arc::clone(&in_force), forget, wake: None };
+        let thread = Thread {
+            in_force: Arc::clone(&in_force),
+            forget,
+            wake: None,
+            own: OwnAddresses::default(),
+        };
         let named = std::thread::Builder::new().name("sweeper".to_owned());
         named.spawn(move || thread.run(&queue)).expect("a thread can be started");
         Sweeper { work, in_force, forgotten }
@@ -170,6 +175,7 @@ struct Thread {
     in_force: Arc<Mutex<InForce>>,
     forget: mpsc::Sender<Vec<Forgotten>>,
     wake: Option<Wake>,
+    own: OwnAddresses,
 }
 
 impl Thread {
@@ -205,10 +211,10 @@ impl Thread {
     }
 
     /// Looks once. All is tried, whatever becomes of the first.
-    fn sweep(&self, suspects: &Suspects) -> Result<Deleted, Error> {
+    fn sweep(&mut self, suspects: &Suspects) -> Result<Deleted, Error> {
         let mut socket = Socket::open()?;
         let forgotten = self.forget(&mut socket, &suspects.lapsed);
-        let deleted = delete_flows(&mut socket, suspects, &self.in_force);
+        let deleted = delete_flows(&mut socket, suspects, &self.in_force, &mut self.own);
         forgotten.and(deleted)
     }
 
@@ -254,8 +260,11 @@ fn delete_flows(
     socket: &mut Socket,
     suspects: &Suspects,
     in_force: &Mutex<InForce>,
+    own: &mut OwnAddresses,
 ) -> Result<Deleted, Error> {
-    let own = own_addresses();
+    // Without them nobody could tell the node's own connections from others.
+    let listed = own.look();
+    let own = listed.map_err(|source| Error::List { what: "the node's addresses", source })?;
     let node_port = |flow: &Flow, in_force: &InForce| {
         in_force.node_addresses.iter().any(|cidr| cidr.contains(&flow.destination))
     };
