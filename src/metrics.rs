@@ -8,6 +8,7 @@ use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::{Registry, Unit};
+use tracing_appender::non_blocking::ErrorCounter;
 
 use crate::commit::Pulse;
 use crate::model::Severity;
@@ -23,6 +24,8 @@ pub struct Metrics {
     pub reporter: Reporter,
     /// Node ports, and processes that listen on them.
     pub occupied: occupied::Sender,
+    /// Log lines for which there was no place; `None` where whoever logs waits.
+    pub lost_lines: Option<ErrorCounter>,
 }
 
 impl Metrics {
@@ -92,6 +95,11 @@ impl Metrics {
             "node_port_conflicts",
             "Node ports on which a process of this node listens",
             gauge(self.occupied.conflicts()),
+        );
+        registry.register(
+            "log_lines_lost",
+            "Log lines that were lost because nobody read standard error",
+            counter(self.lost_lines.as_ref().map_or(0, ErrorCounter::dropped_lines)),
         );
         let mut text = String::new();
         encode(&mut text, &registry)?;

@@ -14,7 +14,7 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 
 use crate::commit::Report;
-use crate::host::own_addresses;
+use crate::host::OwnAddresses;
 use crate::model::{
     Diagnostic, Family, NodeContext, ObjectKind, ObjectRef, Protocol, ServiceName, Severity,
 };
@@ -82,6 +82,7 @@ fn node_ports(plan: &ServicePlan) -> NodePorts {
 pub async fn watch(mut told: Receiver, reporter: Reporter) {
     let mut services: HashMap<ServiceName, NodePorts> = HashMap::new();
     let mut in_conflict: BTreeSet<ServiceName> = BTreeSet::new();
+    let mut own = OwnAddresses::default();
     let mut failed = false;
     let mut look = tokio::time::interval(LOOK);
     look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -113,7 +114,7 @@ pub async fn watch(mut told: Receiver, reporter: Reporter) {
             continue;
         }
         let Some(node) = reporter.node_context() else { continue };
-        let sockets = match sockets_at(&node) {
+        let sockets = match sockets_at(&node, &mut own) {
             Ok(sockets) => sockets,
             Err(error) => {
                 if !std::mem::replace(&mut failed, true) {
@@ -152,11 +153,13 @@ fn set(
 /// Where processes listen that would get connections to node ports.
 type Sockets = HashMap<(Protocol, u16), BTreeSet<SocketAddr>>;
 
-fn sockets_at(node: &NodeContext) -> Result<Sockets, netlink::Error> {
+fn sockets_at(node: &NodeContext, own: &mut OwnAddresses) -> Result<Sockets, netlink::Error> {
     let cidrs = Family::ALL
         .map(|family| [node.nodeport_cidrs(family), node.localhost_cidrs(family)].concat())
         .concat();
-    let own = own_addresses();
+    let listed = own.look();
+    let own =
+        listed.map_err(|source| netlink::Error::List { what: "the node's addresses", source })?;
     let serves = |address: IpAddr| {
         let address = address.to_canonical();
         address.is_unspecified()

@@ -1,8 +1,9 @@
 //! What the command line promises: exit codes, one clear line for what cannot be done, output for
 //! machines.
 
-use std::fs;
+use std::fs::{self, File};
 use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::process::{Command, Output};
 use std::time::Duration;
 
@@ -10,9 +11,10 @@ use anyhow::{Result, ensure};
 use portcullis_integration::binary;
 use portcullis_integration::daemon::{NODE_NAME, command, follow, follow_manifests};
 use portcullis_integration::lab::{Lab, eventually, scratch};
-use portcullis_integration::manifest::{Manifest, Port, write_node};
+use portcullis_integration::manifest::{Manifest, Port, replace, write_node};
 use portcullis_integration::requirement::{Requirement, available};
-use portcullis_integration::traffic::Protocol;
+use portcullis_integration::traffic::{Protocol, Server, http_get, probe};
+use serde_json::json;
 
 const ROOT: &[Requirement] = &[Requirement::Root, Requirement::Nft];
 
@@ -294,6 +296,85 @@ fn one_daemon_on_a_node() -> Result<()> {
     for expected in ["removed", "nothing to remove"] {
         let output = lab.node.output(command(&["cleanup"])?)?;
         ensure!(output.status.success() && text(&output.stdout).contains(expected));
+    }
+    Ok(())
+}
+
+/// The program with its standard error at a path.
+fn logging_to(path: &Path, arguments: &[&str]) -> Result<Command> {
+    let mut command = Command::new("sh");
+    command.args(["-c", r#"exec "$@" 2> "$0""#]).arg(path).arg(binary::path()?).args(arguments);
+    Ok(command)
+}
+
+/// A pipe with a name, and both of its ends.
+fn pipe(path: &Path) -> Result<File> {
+    let status = Command::new("mkfifo").arg(path).status()?;
+    ensure!(status.success(), "mkfifo: {status}");
+    Ok(File::options().read(true).write(true).open(path)?)
+}
+
+#[test]
+fn errors_that_nobody_reads() -> Result<()> {
+    for arguments in [&["plan", "--file", "no/such/path"][..], &["audit", "--config", "no/such"]] {
+        let output = logging_to(Path::new("/dev/full"), arguments)?.output()?;
+        ensure!(output.status.code() == Some(2), "{arguments:?}: {:?}", output.status);
+    }
+    Ok(())
+}
+
+#[test]
+fn the_daemon_needs_nobody_to_read_its_logs() -> Result<()> {
+    const NOTICE: Duration = Duration::from_secs(15);
+    const NODE_PORT: u16 = 30080;
+    if !available(ROOT) {
+        return Ok(());
+    }
+    let faulty = (0..1000).map(|number| {
+        json!({
+            "apiVersion": "v1", "kind": "Service",
+            "metadata": { "namespace": "shop", "name": format!("bad-{number}") },
+            "spec": { "clusterIP": "nonsense", "ports": [{ "port": 80 }] },
+        })
+    });
+    let faulty = json!({ "apiVersion": "v1", "kind": "List", "items": faulty.collect::<Vec<_>>() });
+    for case in ["full", "gone", "stuck"] {
+        let lab = Lab::new(1)?;
+        let manifests = lab.directory().join("manifests");
+        fs::create_dir(&manifests)?;
+        write_node(&lab, &manifests)?;
+        let _server = Server::start(&lab.pods[0], "pod-1", Protocol::Tcp, 8080)?;
+        let file = lab.directory().join("logs");
+        let (stderr, mut reader) = match case {
+            "full" => (Path::new("/dev/full"), None),
+            _ => (&*file, Some(pipe(&file)?)),
+        };
+        let directory = manifests.to_str().expect("UTF-8");
+        let arguments = ["run", "--node-name", NODE_NAME, "--manifests", directory];
+        let mut daemon = lab.spawn(&logging_to(stderr, &arguments)?, "portcullis")?;
+        let metric = |line: &str| {
+            let answer = http_get(&lab.node, ([127, 0, 0, 1], 10249), "/metrics");
+            answer.is_ok_and(|answer| answer.body.lines().any(|metric| metric == line))
+        };
+        ensure!(eventually(NOTICE, || metric("portcullis_programmed 1")), "{case}: not started");
+        if case == "gone" {
+            reader = None;
+        }
+        // A line for each of them: more than a pipe holds.
+        replace(&manifests.join("bad.json"), &faulty.to_string())?;
+        let found = || metric("portcullis_object_errors 1000");
+        ensure!(eventually(NOTICE, found), "{case}: {:?}", daemon.is_running());
+        let port = Port::new("http", Protocol::Tcp, 80, 8080, NODE_PORT);
+        Manifest::new("web", 10, &lab).port(port).write(&manifests)?;
+        let to = (lab.node.v4, NODE_PORT);
+        let served = || {
+            let outcome = probe(&lab.allowed, to, Protocol::Tcp);
+            outcome.is_ok_and(|outcome| outcome.by() == Some("pod-1"))
+        };
+        ensure!(eventually(NOTICE, served), "{case}: a change does not come about");
+        let status = daemon.terminate(NOTICE)?;
+        ensure!(status.success(), "{case}: {status}");
+        drop(reader);
     }
     Ok(())
 }

@@ -4,11 +4,13 @@ use std::fs;
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::path::PathBuf;
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use portcullis::health::Connections;
-use portcullis_integration::daemon::follow_manifests;
+use portcullis_integration::binary;
+use portcullis_integration::daemon::{NODE_NAME, follow_manifests, wait_until_programmed};
 use portcullis_integration::lab::{FAMILIES, Lab, Process, eventually};
 use portcullis_integration::manifest::{Endpoint, Manifest, Port, replace, write_node};
 use portcullis_integration::requirement::{Requirement, available};
@@ -291,6 +293,45 @@ fn clients_that_only_listen_get_an_answer() -> Result<()> {
             }
         }
     }
+    Ok(())
+}
+
+#[test]
+fn many_ports_need_many_descriptors() -> Result<()> {
+    const PORTS: u8 = 40;
+    let Some(world) = World::new()? else { return Ok(()) };
+    for number in 0..PORTS {
+        let node_port = NODE_PORT + 1 + u16::from(number);
+        let port = Port::new("http", Protocol::Tcp, 80, 8080, node_port);
+        let mut more = Manifest::new(&format!("many-{number}"), 20 + number, &world.lab).port(port);
+        more.extra = world.web.extra.clone();
+        more.extra["spec"]["healthCheckNodePort"] = json!(CHECK_PORT + u16::from(number));
+        more.write(&world.manifests)?;
+    }
+    let directory = world.manifests.to_str().context("a path in UTF-8")?;
+    let mut counts = Vec::new();
+    for at in ["primary", "0.0.0.0/0,::/0"] {
+        let arguments =
+            ["run", "--node-name", NODE_NAME, "--manifests", directory, "--nodeport-addresses", at];
+        let mut daemon = Command::new("sh");
+        // Fewer than there are ports and families.
+        daemon.args(["-c", r#"ulimit -S -n 64; exec "$@""#, "sh"]);
+        daemon.arg(binary::path()?).args(arguments);
+        let mut daemon = world.lab.spawn(&daemon, "portcullis")?;
+        wait_until_programmed(&mut daemon)?;
+        let answered = || {
+            (0..PORTS).all(|number| {
+                let answers = world.check(CHECK_PORT + u16::from(number), "/");
+                let name = format!("many-{number}");
+                answers.iter().all(|answer| answer.as_ref().is_ok_and(|a| says_of(a, &name, 2)))
+            })
+        };
+        ensure!(eventually(NOTICE, answered), "{at}: {}", daemon.tail());
+        counts.push(fs::read_dir(descriptors_of(&daemon))?.count());
+        ensure!(daemon.terminate(NOTICE)?.success());
+    }
+    // All addresses of the node have one listener.
+    ensure!(counts[1] <= counts[0] + 10, "{counts:?} descriptors");
     Ok(())
 }
 

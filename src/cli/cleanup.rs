@@ -8,6 +8,7 @@ use portcullis::takeover::{self, Outcome};
 
 use super::arguments::CleanupOptions;
 use super::kernel::explain;
+use super::logs::say;
 use super::{Verdict, print};
 
 /// Deletes the table with everything in it. Connections that are open through Service addresses end
@@ -86,7 +87,7 @@ fn kube_proxys() -> anyhow::Result<Verdict> {
         print(&format!("{what}: removed\n"))?;
     }
     for note in notes {
-        eprintln!("{note}");
+        say(&note);
     }
     if !errors.is_empty() {
         let errors = errors.into_iter().map(|error| format!("{:#}", anyhow::Error::from(error)));

@@ -7,6 +7,7 @@ use portcullis::watch::{Index, manifests};
 use serde_json::json;
 
 use super::arguments::{Output, PlanOptions};
+use super::logs::say;
 use super::source::{config, options};
 use super::{Verdict, print};
 
@@ -31,7 +32,7 @@ pub fn plan(arguments: &PlanOptions) -> anyhow::Result<Verdict> {
         Output::Text => {
             print(&text)?;
             for diagnostic in &diagnostics {
-                eprintln!("{diagnostic}");
+                say(&diagnostic.to_string());
             }
         }
         Output::Json => {

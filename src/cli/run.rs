@@ -4,6 +4,7 @@ use std::thread::JoinHandle;
 
 use anyhow::Context;
 use axum::Router;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use portcullis::commit::{Adoption, Committer, Worker};
 use portcullis::health::{self, Connections, Health, server};
 use portcullis::metrics::Metrics;
@@ -18,10 +19,12 @@ use tokio_util::sync::CancellationToken;
 use super::arguments::{Bind, RunOptions, Timeout};
 use super::config::Config;
 use super::kernel::{explain_commit, open_worker};
+use super::logs::Logs;
 use super::source::{Source, config, open, options};
 use super::{Verdict, print};
 
-pub fn run(arguments: &RunOptions) -> anyhow::Result<Verdict> {
+/// Programs this node. Of `logs`, the lines that are lost are counted.
+pub fn run(arguments: &RunOptions, logs: &Logs) -> anyhow::Result<Verdict> {
     let config = config(&arguments.node)?;
     let options = options(&arguments.node, &config)?;
     let reporter = Reporter::new(options.node_name.clone());
@@ -53,8 +56,12 @@ pub fn run(arguments: &RunOptions) -> anyhow::Result<Verdict> {
         } else {
             let (committer, thread) = Committer::start(worker);
             let health = Health::new(committer.pulse(), reporter.clone());
-            let metrics =
-                Metrics { pulse: committer.pulse(), reporter: reporter.clone(), occupied };
+            let metrics = Metrics {
+                pulse: committer.pulse(),
+                reporter: reporter.clone(),
+                occupied,
+                lost_lines: logs.lost(),
+            };
             let connections = Connections::default();
             let at = |flag: Option<Bind>, file: Option<Bind>, default: ([u8; 4], u16)| {
                 flag.or(file).unwrap_or(Bind(Some(default.into())))
@@ -110,12 +117,25 @@ fn tune(arguments: &RunOptions, config: &Config) {
         udp: time(flags.udp_timeout, file.udp_timeout, default.udp),
         udp_stream: time(flags.udp_timeout_stream, file.udp_stream_timeout, default.udp_stream),
     };
+    raise_descriptors();
     // Those of the machine, not those that this process may use.
     conntrack.apply(CpuInfo::current().map_or(1, |cpus| cpus.num_cores()));
     if let Some(score) = arguments.oom_score_adj.or(config.oom_score_adj)
         && let Err(error) = std::fs::write("/proc/self/oom_score_adj", score.to_string())
     {
         tracing::warn!(score, %error, "cannot set the process' place when memory runs out");
+    }
+}
+
+/// Lets this process have as many descriptors as it may, as Go does for its programs: each
+/// `healthCheckNodePort` takes one for each of the node's addresses. The daemon runs no programs,
+/// which would inherit it.
+fn raise_descriptors() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(soft, hard)| {
+        if soft < hard { setrlimit(Resource::RLIMIT_NOFILE, hard, hard) } else { Ok(()) }
+    });
+    if let Err(error) = raised {
+        tracing::warn!(%error, "cannot raise the number of descriptors of the process");
     }
 }
 

@@ -20,7 +20,7 @@ use ipnet::IpNet;
 use super::affinity::{self, Forgotten, Lapsed, Remembered};
 use super::revoke::{Guarded, Revocation};
 use super::stale::{Destination, Left, Served};
-use crate::host::own_addresses;
+use crate::host::OwnAddresses;
 use crate::model::Family;
 use crate::netlink::{Error, Socket};
 use crate::ruleset::Contribution;
@@ -125,7 +125,8 @@ impl Sweeper {
         let (forget, forgotten) = mpsc::channel();
         let in_force = Arc::<Mutex<InForce>>::default();
         let forgetter = Forgetter::start(Arc::clone(&in_force), forget);
-        let thread = Thread { in_force: Arc::clone(&in_force), forgetter };
+        let own = OwnAddresses::default();
+        let thread = Thread { in_force: Arc::clone(&in_force), forgetter, own };
         let named = std::thread::Builder::new().name("sweeper".to_owned());
         named.spawn(move || thread.run(&queue)).expect("a thread can be started");
         Sweeper { work, in_force, forgotten }
@@ -202,10 +203,11 @@ fn lock(in_force: &Mutex<InForce>) -> MutexGuard<'_, InForce> {
 struct Thread {
     in_force: Arc<Mutex<InForce>>,
     forgetter: Forgetter,
+    own: OwnAddresses,
 }
 
 impl Thread {
-    fn run(self, queue: &mpsc::Receiver<Work>) {
+    fn run(mut self, queue: &mpsc::Receiver<Work>) {
         while let Ok(first) = queue.recv() {
             let mut barriers = Vec::new();
             let mut suspects = Suspects::default();
@@ -245,8 +247,8 @@ impl Thread {
     }
 
     /// Looks once. All is tried, whatever becomes of the first.
-    fn sweep(&self, suspects: &Suspects) -> Result<Deleted, Error> {
-        delete_flows(&mut Socket::open()?, suspects, &self.in_force)
+    fn sweep(&mut self, suspects: &Suspects) -> Result<Deleted, Error> {
+        delete_flows(&mut Socket::open()?, suspects, &self.in_force, &mut self.own)
     }
 }
 
@@ -349,8 +351,12 @@ fn delete_flows(
     socket: &mut Socket,
     suspects: &Suspects,
     in_force: &Mutex<InForce>,
+    own: &mut OwnAddresses,
 ) -> Result<Deleted, Error> {
-    let addresses = own_addresses();
+    // Without them nobody could tell the node's own connections from others.
+    let listed = own.look();
+    let addresses =
+        listed.map_err(|source| Error::List { what: "the node's addresses", source })?;
     // A loopback interface answers for its whole network, though it has one address of it.
     let own = |address: IpAddr| address.is_loopback() || addresses.contains(&address);
     let mut deleted = Deleted::default();

@@ -4,7 +4,7 @@
 //! headers of the question do not matter; the answer is that of kube-proxy
 //! (`pkg/proxy/healthcheck/service_health.go`).
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::convert::Infallible;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -13,7 +13,8 @@ use std::time::Duration;
 use axum::Router;
 use axum::body::Body;
 use axum::http::{HeaderValue, Response};
-use nix::sys::socket::sockopt::{IpFreebind, ReuseAddr};
+use ipnet::IpNet;
+use nix::sys::socket::sockopt::{IpFreebind, Ipv6V6Only, ReuseAddr};
 use serde_json::json;
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::{mpsc, watch};
@@ -21,6 +22,7 @@ use tokio::task::JoinHandle;
 
 use super::{Connections, Health};
 use crate::commit::Report;
+use crate::host::OwnAddresses;
 use crate::model::{Diagnostic, Family, NodeContext, ObjectKind, ObjectRef, ServiceName, Severity};
 use crate::plan::HealthCheck;
 use crate::report::Reporter;
@@ -64,6 +66,7 @@ pub async fn serve(
     let mut node = reporter.watch_node();
     let mut look = tokio::time::interval(LOOK);
     look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut own = OwnAddresses::default();
     let mut addresses = BTreeSet::new();
     let mut news = Vec::new();
     let mut said = BTreeSet::new();
@@ -91,10 +94,10 @@ pub async fn serve(
                 if changed.is_err() {
                     return;
                 }
-                addresses = node.borrow().as_ref().map(|node| served_at(node)).unwrap_or_default();
+                addresses = node.borrow().as_ref().map(|node| look_at(node, &mut own)).unwrap_or_default();
             }
             _ = look.tick(), if !checks.is_empty() => {
-                addresses = node.borrow().as_ref().map(|node| served_at(node)).unwrap_or_default();
+                addresses = node.borrow().as_ref().map(|node| look_at(node, &mut own)).unwrap_or_default();
                 again = true;
             }
         }
@@ -137,15 +140,28 @@ fn answers(
     answers
 }
 
+fn look_at(node: &NodeContext, own: &mut OwnAddresses) -> BTreeSet<IpAddr> {
+    let nothing = HashSet::new();
+    served_at(node, own.look().unwrap_or(&nothing))
+}
+
 /// The addresses at which node ports are served: the node's primary ones, be they there yet or not,
-/// or its own in the configured CIDRs.
-fn served_at(node: &NodeContext) -> BTreeSet<IpAddr> {
-    let cidrs = Family::ALL.map(|family| node.nodeport_cidrs(family)).concat();
-    let whole = |cidr: &ipnet::IpNet| cidr.prefix_len() == cidr.max_prefix_len();
-    let single = cidrs.iter().filter(|cidr| whole(cidr)).map(ipnet::IpNet::addr);
-    let own = crate::host::own_addresses();
-    let own = own.into_iter().filter(|address| !address.is_loopback());
-    single.chain(own.filter(|own| cidrs.iter().any(|cidr| cidr.contains(own)))).collect()
+/// or its own in the configured CIDRs. Where that is all of a family, it is the unspecified address,
+/// as with kube-proxy: one listener instead of one for each address.
+fn served_at(node: &NodeContext, own: &HashSet<IpAddr>) -> BTreeSet<IpAddr> {
+    let mut served = BTreeSet::new();
+    for family in Family::ALL {
+        let cidrs = node.nodeport_cidrs(family);
+        if cidrs.contains(&family.everything()) {
+            served.insert(family.everything().addr());
+            continue;
+        }
+        let whole = |cidr: &&IpNet| cidr.prefix_len() == cidr.max_prefix_len();
+        served.extend(cidrs.iter().filter(whole).map(IpNet::addr));
+        let own = own.iter().filter(|address| !address.is_loopback());
+        served.extend(own.filter(|own| cidrs.iter().any(|cidr| cidr.contains(*own))));
+    }
+    served
 }
 
 /// What is answered at one address.
@@ -239,6 +255,10 @@ fn bind(address: SocketAddr) -> io::Result<TcpListener> {
         SocketAddr::V4(_) => TcpSocket::new_v4()?,
         SocketAddr::V6(_) => TcpSocket::new_v6()?,
     };
+    if address.is_ipv6() {
+        // The other family has a listener of its own.
+        nix::sys::socket::setsockopt(&socket, Ipv6V6Only, &true)?;
+    }
     nix::sys::socket::setsockopt(&socket, ReuseAddr, &true)?;
     nix::sys::socket::setsockopt(&socket, IpFreebind, &true)?;
     socket.bind(address)?;
@@ -277,6 +297,7 @@ fn problem(service: &ServiceName, failed: &[String]) -> Diagnostic {
 mod tests {
     use super::*;
     use crate::commit::Pulse;
+    use crate::model::NodePortAddresses;
 
     fn listeners() -> Listeners {
         let health = Health::new(Pulse::default(), Reporter::new("worker".into()));
@@ -290,6 +311,30 @@ mod tests {
     fn free_address() -> SocketAddr {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         listener.local_addr().unwrap()
+    }
+
+    #[test]
+    fn where_node_ports_are_served() {
+        let list = |text: &str| -> Vec<IpAddr> {
+            text.split_whitespace().map(|address| address.parse().unwrap()).collect()
+        };
+        let own = list("127.0.0.1 192.0.2.1 198.51.100.1 ::1 2001:db8::1");
+        let own = own.into_iter().collect();
+        let mut node = NodeContext::new("node-1".into());
+        // One of them is not there yet.
+        node.node.primary_addresses = list("192.0.2.1 2001:db8::9");
+        assert_eq!(Vec::from_iter(served_at(&node, &own)), list("192.0.2.1 2001:db8::9"));
+        for (cidrs, expected) in [
+            ("0.0.0.0/0", "0.0.0.0"),
+            ("0.0.0.0/0 ::/0", "0.0.0.0 ::"),
+            ("0.0.0.0/1 128.0.0.0/1 2001:db8::/32", "0.0.0.0 2001:db8::1"),
+            ("128.0.0.0/1 ::/0", "192.0.2.1 198.51.100.1 ::"),
+            ("127.0.0.0/8 192.0.2.0/24 203.0.113.9/32", "192.0.2.1 203.0.113.9"),
+        ] {
+            let parsed = cidrs.split(' ').map(|cidr| cidr.parse().unwrap()).collect();
+            node.nodeport_addresses = NodePortAddresses::Cidrs(parsed);
+            assert_eq!(Vec::from_iter(served_at(&node, &own)), list(expected), "{cidrs}");
+        }
     }
 
     #[tokio::test]
