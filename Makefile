@@ -14,7 +14,7 @@ FOCUS ?=
 .PHONY: help build image demo test kind-image kind-test kind-e2e kind-delete unit lint fmt bench bench-peer deny clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: ## Build the release binary: target/release/portcullis
 	$(CARGO) build --locked --release --bin portcullis

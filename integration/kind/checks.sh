@@ -462,6 +462,27 @@ pause_control_plane() {
     docker unpause "$control_plane" >/dev/null
 }
 
+# A Service that has what the API server takes and few expect: it is served, and gone when it is deleted.
+check_odd_service() {
+    kubectl --namespace shop create service clusterip odd --tcp 80 >/dev/null
+    kubectl --namespace shop patch service odd --subresource status --type merge --patch '{"status": {"conditions":
+        [{"type": "Odd", "status": "True", "reason": "Test", "message": "", "lastTransitionTime": null}]}}' >/dev/null
+    eventually 15 known odd yes || { detail='it is not served'; return 1; }
+    kubectl --namespace shop delete service odd >/dev/null
+    eventually 15 known odd no || { detail='it is still served'; return 1; }
+    detail='a condition without a time harms nobody'
+}
+
+# known SERVICE yes|no: whether the kernel has it on every node.
+known() {
+    local node got
+    for node in $nodes; do
+        got=no
+        docker exec "$node" nft list ruleset 2>/dev/null | grep -q "\"shop/$1\"" && got=yes
+        [[ $got == "$2" ]] || return 1
+    done
+}
+
 # What the process is allowed to do, as the kernel has it.
 check_rights() {
     local node status

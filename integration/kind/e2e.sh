@@ -104,8 +104,10 @@ suite() {
         PATH=$binaries:$PATH "$here/load-balancer.py" "${addresses[@]}" >"$reports/load-balancer.log" 2>&1 &
         balancer=$!
     fi
-    local set="${features[*]}"
-    local labels="!Serial && !Disruptive && !Flaky && Feature: isSubsetOf {${set// /, }}"
+    local set="${features[*]}" feature='Feature: isEmpty'
+    # There is no empty set.
+    [[ -z $set ]] || feature="Feature: isSubsetOf {${set// /, }}"
+    local labels="!Serial && !Disruptive && !Flaky && $feature"
     local options=(--procs "${PROCESSES:-3}" --no-color --timeout "$LIMIT" --flake-attempts 1
         --focus "$FOCUS" --label-filter "$labels" --output-dir "$reports" --junit-report junit.xml)
     skip=$(skipped)

@@ -25,7 +25,7 @@ source "$here/checks.sh"
 # The checks of each cluster, in their order.
 readonly SERVING='cluster_ip_from_pods cluster_ip_from_nodes hairpin node_port_from_outside firewall
     revocation said external_traffic_policy_local load_balancer_address session_affinity dns no_endpoints
-    rights audit'
+    odd_service rights audit'
 readonly CHECKS_ipv4="$SERVING rolling_update killed api_server_away node_away audit"
 readonly CHECKS_dual="$SERVING rolling_update killed audit"
 readonly CHECKS_takeover="takeover $SERVING"
