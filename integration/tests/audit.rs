@@ -121,6 +121,10 @@ fn nft_reads_what_was_meant() {
         ("sticky6", "fd00:96::11 . tcp . 80 comment \"shop/outside:http\" : goto remember6-10800s"),
         ("sticky-nodeports4", "tcp . 30090 comment \"shop/outside:http\" : goto remember4-10800s"),
         ("sticky-nodeports6", "tcp . 30090 comment \"shop/outside:http\" : goto remember6-10800s"),
+        ("sticky-endpoints4", "10.96.0.11 . tcp . 80 . 10.244.11.1 . 8080"),
+        ("sticky-endpoints6", "fd00:96::11 . tcp . 80 . fd00:244:11::1 . 8080"),
+        ("sticky-nodeport-endpoints4", "tcp . 30090 . 10.244.11.1 . 8080"),
+        ("sticky-nodeport-endpoints6", "tcp . 30090 . fd00:244:11::1 . 8080"),
         (
             "load-balancer-firewall4",
             "203.0.113.11 . tcp . 80 comment \"shop/outside:http\" : goto lb-shop/outside",
