@@ -5,9 +5,10 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use backon::BackoffBuilder;
+use k8s_openapi::Resource;
 use k8s_openapi::api::core::v1 as core;
 use kube::runtime::events::{Event, EventType, Recorder, Reporter as Source};
-use kube::{Api, Client, Resource};
+use kube::{Api, Client};
 
 use crate::report::{Local, Reporter};
 
@@ -69,8 +70,16 @@ async fn publish_one(
 ) -> Result<(), kube::Error> {
     let Local { service, reason, diagnostic } = local;
     let services: Api<core::Service> = Api::namespaced(client.clone(), &service.namespace);
-    // An Event names the very object, not only one of its name.
-    let Some(object) = services.get_opt(&service.name).await? else { return Ok(()) };
+    // An Event names the very object, not only one of its name. Nothing else of it must be readable.
+    let Some(object) = services.get_metadata_opt(&service.name).await? else { return Ok(()) };
+    let about = core::ObjectReference {
+        api_version: Some(core::Service::API_VERSION.to_owned()),
+        kind: Some(core::Service::KIND.to_owned()),
+        namespace: Some(service.namespace.to_string()),
+        name: Some(service.name.to_string()),
+        uid: object.metadata.uid,
+        ..core::ObjectReference::default()
+    };
     let mut note = format!("node {node_name}: {}: {}", diagnostic.field, diagnostic.message);
     note.truncate(note.floor_char_boundary(LONGEST_NOTE));
     let event = Event {
@@ -80,7 +89,7 @@ async fn publish_one(
         action: "Serve".to_owned(),
         secondary: None,
     };
-    recorder.publish(&event, &object.object_ref(&())).await
+    recorder.publish(&event, &about).await
 }
 
 /// What the API server takes (`NoteLengthLimit`), in bytes.
