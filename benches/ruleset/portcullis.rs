@@ -92,13 +92,16 @@ fn change(
     // policy is `Local`, one in a second list of each frontend.
     let here = usize::from(cluster.is_local(index));
     let listed_here = here * cluster.local_frontends(index);
+    // With session affinity it is said once more who serves where.
+    let is_sticky = cluster.services[index].session_affinity.is_some();
+    let sticky = if is_sticky { frontends } else { 0 };
     // Deleting and adding are one operation each.
     match job.what {
         What::EndpointReplaced => {
             cluster.replace_endpoint(index);
             subject.put(cluster, index, outcome)?;
             let come = usize::from(cluster.is_local(index));
-            let operations = 2 * frontends + 2 * listed_here + here + come;
+            let operations = 2 * (frontends + sticky) + 2 * listed_here + here + come;
             expect(job, outcome, operations..=operations)
         }
         What::EndpointCount | What::EndpointCountAlone => {
@@ -108,7 +111,8 @@ fn change(
             // If it was the only one here: the list of those here is led to another chain, and
             // connections that find it empty are dropped.
             let alone_here = 4 * listed_here;
-            let (less, more) = (2 * chains + here + alone_here, chains + here + alone_here);
+            let always = here + alone_here + sticky;
+            let (less, more) = (2 * chains + always, chains + always);
             let slices = &mut cluster.slices[index].endpoints;
             let mut gone: VecDeque<_> = slices.drain(..1).collect();
             subject.put(cluster, index, outcome)?;
@@ -152,7 +156,7 @@ fn operations_of(cluster: &Cluster, index: usize) -> (usize, usize) {
     // With the policy `Local`: where pods of this node go, and endpoints here or that there is none.
     elements += local * (1 + here.max(1));
     if service.session_affinity.is_some() {
-        elements += frontends;
+        elements += frontends * (1 + endpoints);
     }
     let SourceRestriction::Allow(ranges) = &service.load_balancer_sources else {
         return (elements, elements);
