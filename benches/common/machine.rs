@@ -47,6 +47,23 @@ impl Machine {
             time: jiff::Timestamp::now().strftime("%Y-%m-%d %H:%M UTC").to_string(),
         }
     }
+
+    /// A sentence that says it all, with what was measured besides this commit.
+    pub fn sentence(&self, besides: &str) -> String {
+        format!(
+            "Measured {} at commit `{}`{besides} on {}, {} cores, {:.0} GiB, Linux {}, {}, {}; \
+             load average before: {}.",
+            self.time,
+            self.commit,
+            self.cpu,
+            self.cores,
+            self.memory_mib.div_ceil(1024),
+            self.kernel,
+            self.nft,
+            self.rustc,
+            self.load,
+        )
+    }
 }
 
 /// The most memory that a process (`self`, or a number) ever had, in KiB.

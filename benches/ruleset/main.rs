@@ -19,12 +19,14 @@ mod measure;
 mod objects;
 mod portcullis;
 mod report;
+#[path = "../common/results.rs"]
+mod results;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use clap::Parser;
 use serde::{Deserialize, Serialize};
 
@@ -104,20 +106,11 @@ fn run(options: &Options) -> Result<()> {
         return child(&serde_json::from_str(job)?, options.stay);
     }
     let results = match &options.from {
-        Some(file) => {
-            let text = std::fs::read_to_string(file)
-                .with_context(|| format!("cannot read {}", file.display()))?;
-            serde_json::from_str(&text).with_context(|| format!("{}", file.display()))?
-        }
+        Some(file) => results::read(file)?,
         None => measure(options)?,
     };
     if let Some(file) = &options.json {
-        let text = report::raw(&results)?;
-        if let Some(directory) = file.parent() {
-            std::fs::create_dir_all(directory)
-                .with_context(|| format!("cannot make {}", directory.display()))?;
-        }
-        std::fs::write(file, text).with_context(|| format!("cannot write {}", file.display()))?;
+        results::write(file, &report::raw(&results)?)?;
     }
     if let Some(file) = &options.markdown {
         markdown::replace(file, "bench", &report::markdown(&results))?;

@@ -22,13 +22,15 @@ mod outcome;
 mod plot;
 mod proxy;
 mod report;
+#[path = "../../../benches/common/results.rs"]
+mod results;
 mod run;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use clap::Parser;
 use portcullis_integration::binary;
 use portcullis_integration::controlplane::ControlPlane;
@@ -94,11 +96,7 @@ fn main() -> ExitCode {
 
 fn go(options: &Options) -> Result<()> {
     let results = match &options.from {
-        Some(file) => {
-            let text = std::fs::read_to_string(file)
-                .with_context(|| format!("cannot read {}", file.display()))?;
-            serde_json::from_str(&text).with_context(|| format!("{}", file.display()))?
-        }
+        Some(file) => results::read(file)?,
         None => measure(options)?,
     };
     if let Some(directory) = &options.plots {
@@ -160,7 +158,7 @@ fn measure(options: &Options) -> Result<Results> {
                 }
             }
             if let Some(file) = &options.json {
-                write(file, &report::raw(&results)?)?;
+                results::write(file, &report::raw(&results)?)?;
             }
         }
     }
@@ -174,8 +172,4 @@ fn driver(plane: &ControlPlane) -> Result<Host> {
     let driver = Host { namespace, v4: [192, 0, 2, 1].into(), v6: "2001:db8::1".parse()? };
     plane.attach(&driver)?;
     Ok(driver)
-}
-
-fn write(file: &Path, text: &str) -> Result<()> {
-    std::fs::write(file, text).with_context(|| format!("cannot write {}", file.display()))
 }

@@ -29,22 +29,8 @@ pub fn raw(results: &Results) -> Result<String> {
 /// The tables.
 pub fn markdown(results: &Results) -> String {
     let mut out = String::new();
-    let machine = &results.machine;
-    let _ = writeln!(
-        out,
-        "Measured {} at commit `{}`, kube-proxy {}, on {}, {} cores, {:.0} GiB, Linux {}, {}, {}; \
-         load average before: {}.",
-        machine.time,
-        machine.commit,
-        results.kubernetes,
-        machine.cpu,
-        machine.cores,
-        machine.memory_mib.div_ceil(1024),
-        machine.kernel,
-        machine.nft,
-        machine.rustc,
-        machine.load,
-    );
+    let besides = format!(", kube-proxy {},", results.kubernetes);
+    let _ = writeln!(out, "{}", results.machine.sentence(&besides));
     bars(&mut out, results);
     for pair in pairs(results) {
         table(&mut out, &pair);
