@@ -15,9 +15,7 @@ use tokio::sync::mpsc;
 
 use crate::commit::Report;
 use crate::host::OwnAddresses;
-use crate::model::{
-    Diagnostic, Family, NodeContext, ObjectKind, ObjectRef, Protocol, ServiceName, Severity,
-};
+use crate::model::{Diagnostic, Family, NodeContext, ObjectRef, Protocol, ServiceName, Severity};
 use crate::netlink::{self, listeners};
 use crate::plan::{Frontend, ServicePlan};
 use crate::report::Reporter;
@@ -186,11 +184,7 @@ fn conflicts(
             let Some(addresses) = sockets.get(&(*protocol, *port)) else { continue };
             let addresses: Vec<String> = addresses.iter().map(ToString::to_string).collect();
             let problem = Diagnostic {
-                object: ObjectRef {
-                    kind: ObjectKind::Service,
-                    namespace: service.namespace.clone(),
-                    name: service.name.clone(),
-                },
+                object: ObjectRef::service(service),
                 field: format!("spec.ports[{name:?}].nodePort"),
                 severity: Severity::Warning,
                 message: format!(

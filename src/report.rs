@@ -176,11 +176,7 @@ impl Reporter {
 
     fn refusal(&self, subject: &Subject, error: &CommitError) -> Diagnostic {
         let object = match subject {
-            Subject::Service(service) => ObjectRef {
-                kind: ObjectKind::Service,
-                namespace: service.namespace.clone(),
-                name: service.name.clone(),
-            },
+            Subject::Service(service) => ObjectRef::service(service),
             Subject::Node => ObjectRef {
                 kind: ObjectKind::Node,
                 namespace: "".into(),

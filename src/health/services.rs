@@ -23,7 +23,7 @@ use tokio::task::JoinHandle;
 use super::{Connections, Health};
 use crate::commit::Report;
 use crate::host::OwnAddresses;
-use crate::model::{Diagnostic, Family, NodeContext, ObjectKind, ObjectRef, ServiceName, Severity};
+use crate::model::{Diagnostic, Family, NodeContext, ObjectRef, ServiceName, Severity};
 use crate::plan::HealthCheck;
 use crate::report::Reporter;
 
@@ -71,7 +71,7 @@ pub async fn serve(
     let mut news = Vec::new();
     let mut said = BTreeSet::new();
     loop {
-        let mut again = false;
+        let (mut look_at_node, mut again) = (false, false);
         tokio::select! {
             // All that is there: a port may go from one Service to another.
             count = told.0.recv_many(&mut news, usize::MAX) => {
@@ -94,12 +94,15 @@ pub async fn serve(
                 if changed.is_err() {
                     return;
                 }
-                addresses = node.borrow().as_ref().map(|node| look_at(node, &mut own)).unwrap_or_default();
+                look_at_node = true;
             }
             _ = look.tick(), if !checks.is_empty() => {
-                addresses = node.borrow().as_ref().map(|node| look_at(node, &mut own)).unwrap_or_default();
-                again = true;
+                (look_at_node, again) = (true, true);
             }
+        }
+        if look_at_node {
+            let node = node.borrow();
+            addresses = node.as_ref().map(|node| look_at(node, &mut own)).unwrap_or_default();
         }
         let answers = answers(&checks, &addresses);
         listeners.answer(&answers, again).await;
@@ -279,11 +282,7 @@ fn response(answer: &Answer, healthy: bool) -> Response<Body> {
 
 fn problem(service: &ServiceName, failed: &[String]) -> Diagnostic {
     Diagnostic {
-        object: ObjectRef {
-            kind: ObjectKind::Service,
-            namespace: service.namespace.clone(),
-            name: service.name.clone(),
-        },
+        object: ObjectRef::service(service),
         field: "spec.healthCheckNodePort".to_owned(),
         severity: Severity::Error,
         message: format!(

@@ -5,6 +5,8 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
+use super::ServiceName;
+
 /// A finding about one field of one object. Diagnostics never stop the proxy: the part of the
 /// object that was not understood is left out (or closed, where leaving it out would open
 /// something), and everything else goes on.
@@ -55,6 +57,14 @@ pub enum ObjectKind {
     ServiceCidr,
     /// A file of manifests, where no object could be told from it.
     File,
+}
+
+impl ObjectRef {
+    /// A Service.
+    pub fn service(service: &ServiceName) -> ObjectRef {
+        let ServiceName { namespace, name } = service.clone();
+        ObjectRef { kind: ObjectKind::Service, namespace, name }
+    }
 }
 
 impl fmt::Display for ObjectKind {

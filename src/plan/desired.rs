@@ -4,7 +4,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use super::{Claim, Frontend, HealthCheck, Pool, ServicePlan};
-use crate::model::{Diagnostic, ObjectKind, ObjectRef, Protocol, Seniority, ServiceName, Severity};
+use crate::model::{Diagnostic, ObjectRef, Protocol, Seniority, ServiceName, Severity};
 
 /// The plans of all Services.
 ///
@@ -214,16 +214,7 @@ fn retain_frontends(plan: &mut ServicePlan, mut keep: impl FnMut(&Pool, &Fronten
 
 fn conflict(plan: &ServicePlan, field: String, message: String) -> Diagnostic {
     let service = plan.service();
-    Diagnostic {
-        object: ObjectRef {
-            kind: ObjectKind::Service,
-            namespace: service.namespace.clone(),
-            name: service.name.clone(),
-        },
-        field,
-        severity: Severity::Error,
-        message,
-    }
+    Diagnostic { object: ObjectRef::service(service), field, severity: Severity::Error, message }
 }
 
 #[cfg(test)]

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use ipnet::IpNet;
 
 use crate::model::{
-    Diagnostic, EndpointSlice, Node, NodeContext, NodePortAddresses, ObjectKind, ObjectRef,
-    Service, ServiceCidr, ServiceName, Severity, SliceName, SourceRestriction,
+    Diagnostic, EndpointSlice, Node, NodeContext, NodePortAddresses, ObjectRef, Service,
+    ServiceCidr, ServiceName, Severity, SliceName, SourceRestriction,
 };
 use crate::plan::{ServicePlan, plan_service};
 
@@ -197,9 +197,8 @@ fn withhold_external_ips(service: &mut Service) {
     if std::mem::take(&mut service.external_ips).is_empty() {
         return;
     }
-    let ServiceName { namespace, name } = service.name.clone();
     service.diagnostics.push(Diagnostic {
-        object: ObjectRef { kind: ObjectKind::Service, namespace, name },
+        object: ObjectRef::service(&service.name),
         field: "spec.externalIPs".to_owned(),
         severity: Severity::Warning,
         message: "not served, by configuration (--no-external-ips, AllowServiceExternalIPs)".into(),
