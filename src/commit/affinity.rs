@@ -8,10 +8,10 @@
 //! other transactions.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::Arc;
+use std::io;
 
 use crate::model::{Family, TrafficPolicy};
-use crate::netlink::{Data, ElementDump, Error, SetDump, Socket};
+use crate::netlink::{Batch, Data, Element, ElementDump, Error, SetDump, Socket};
 use crate::plan::{Frontend, Pool};
 use crate::ruleset::{Contribution, SetName, TABLE, affinity_key, affinity_value};
 
@@ -40,7 +40,7 @@ struct Allowed {
 
 /// Who may be remembered, as of the last transaction.
 #[derive(Debug, Default)]
-pub struct Remembered(HashMap<Place, Arc<Allowed>>);
+pub struct Remembered(HashMap<Place, Allowed>);
 
 /// Where clients may be remembered for somebody who does not serve them any more.
 #[derive(Debug, Default)]
@@ -64,20 +64,12 @@ impl Remembered {
     /// Takes that this is in force now.
     pub fn acquire(&mut self, contribution: &Contribution) {
         for (pool, frontend) in sticky(Some(contribution)) {
-            self.0.insert(place(pool, frontend), Arc::new(Allowed::of(pool, frontend)));
+            self.0.insert(place(pool, frontend), Allowed::of(pool, frontend));
         }
     }
 
-    /// Those of `listed` who are to be forgotten.
-    pub fn lapsed(&self, lapsed: &Lapsed, listed: &[Vec<ElementDump>; 2]) -> Vec<Forgotten> {
-        let all = Family::ALL.into_iter().zip(listed);
-        let all = all.flat_map(|(family, elements)| elements.iter().map(move |e| (family, e)));
-        let stale = all.filter(|(family, element)| self.is_stale(lapsed, *family, element));
-        stale.map(|(family, element)| (family, element.key.clone())).collect()
-    }
-
     /// Whether the client of this element of `family`'s map is to be forgotten.
-    fn is_stale(&self, lapsed: &Lapsed, family: Family, element: &ElementDump) -> bool {
+    pub fn is_stale(&self, lapsed: &Lapsed, family: Family, element: &ElementDump) -> bool {
         let width = match family {
             Family::V4 => 4,
             Family::V6 => 16,
@@ -174,6 +166,49 @@ pub fn list(socket: &mut Socket) -> Result<[Vec<ElementDump>; 2], Error> {
         *listed = set.elements;
     }
     Ok(all)
+}
+
+/// Those of `listed` who are to be forgotten.
+pub fn select(
+    listed: [Vec<ElementDump>; 2],
+    is_stale: impl Fn(Family, &ElementDump) -> bool,
+) -> Vec<Forgotten> {
+    let all = Family::ALL.into_iter().zip(listed);
+    let all = all.flat_map(|(family, elements)| elements.into_iter().map(move |e| (family, e)));
+    let stale = all.filter(|(family, element)| is_stale(*family, element));
+    stale.map(|(family, element)| (family, element.key)).collect()
+}
+
+/// Deletes these clients. Whom the kernel has forgotten by itself meanwhile is left out; of others
+/// that it does not forget, the log tells.
+pub fn forget(clients: Vec<Forgotten>, mut send: impl FnMut(Batch) -> Result<(), Error>) {
+    let mut parts = vec![clients];
+    // Each part is deleted, or becomes smaller.
+    while let Some(part) = parts.pop() {
+        if part.is_empty() {
+            continue;
+        }
+        let mut batch = Batch::new(TABLE);
+        for (family, key) in &part {
+            batch.delete_element(&SetName::Affinity(*family).name(), &Element::key(key));
+        }
+        match send(batch) {
+            Ok(()) => tracing::debug!(count = part.len(), "forgot clients"),
+            // Their time was up.
+            Err(Error::Refused(refusals))
+                if refusals.iter().all(|r| r.error.kind() == io::ErrorKind::NotFound) =>
+            {
+                let (first, second) = part.split_at(part.len() / 2);
+                if !first.is_empty() {
+                    parts.extend([first.to_vec(), second.to_vec()]);
+                }
+            }
+            Err(error) => tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "clients may be sent to an endpoint that left",
+            ),
+        }
+    }
 }
 
 fn place(pool: &Pool, frontend: &Frontend) -> Place {
@@ -303,11 +338,14 @@ mod tests {
             let keys = |wanted: &[usize]| -> Vec<Forgotten> {
                 wanted.iter().map(|at| (Family::V4, listed[0][*at].key.clone())).collect()
             };
-            assert_eq!(remembered.lapsed(&lapsed, &listed), keys(expected), "row {number}");
+            let forgotten = |lapsed: &Lapsed| {
+                select(listed.clone(), |family, e| remembered.is_stale(lapsed, family, e))
+            };
+            assert_eq!(forgotten(&lapsed), keys(expected), "row {number}");
             // Where it is not known what was before, nobody is kept whom nobody asks for.
             lapsed.look_anywhere();
             let anywhere = [expected, &[3]].concat();
-            assert_eq!(remembered.lapsed(&lapsed, &listed), keys(&anywhere), "row {number}");
+            assert_eq!(forgotten(&lapsed), keys(&anywhere), "row {number}");
         }
     }
 }

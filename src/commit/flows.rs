@@ -22,7 +22,7 @@ use super::revoke::{Guarded, Revocation};
 use super::stale::{Destination, Left, Served};
 use crate::host::OwnAddresses;
 use crate::model::Family;
-use crate::netlink::{Error, Socket};
+use crate::netlink::{ElementDump, Error, Socket};
 use crate::ruleset::Contribution;
 
 /// Looks for connections on a thread of its own, so that a long connection table holds up no commit.
@@ -126,7 +126,8 @@ impl Sweeper {
         let in_force = Arc::<Mutex<InForce>>::default();
         let forgetter = Forgetter::start(Arc::clone(&in_force), forget);
         let own = OwnAddresses::default();
-        let thread = Thread { in_force: Arc::clone(&in_force), forgetter, own };
+        let socket = LastingSocket::default();
+        let thread = Thread { in_force: Arc::clone(&in_force), forgetter, own, socket };
         let named = std::thread::Builder::new().name("sweeper".to_owned());
         named.spawn(move || thread.run(&queue)).expect("a thread can be started");
         Sweeper { work, in_force, forgotten }
@@ -204,6 +205,7 @@ struct Thread {
     in_force: Arc<Mutex<InForce>>,
     forgetter: Forgetter,
     own: OwnAddresses,
+    socket: LastingSocket,
 }
 
 impl Thread {
@@ -248,7 +250,28 @@ impl Thread {
 
     /// Looks once. All is tried, whatever becomes of the first.
     fn sweep(&mut self, suspects: &Suspects) -> Result<Deleted, Error> {
-        delete_flows(&mut Socket::open()?, suspects, &self.in_force, &mut self.own)
+        let Thread { in_force, own, socket, .. } = self;
+        socket.with(|socket| delete_flows(socket, suspects, in_force, own))
+    }
+}
+
+/// A socket that stays open. When one is closed, the kernel waits for everything that earlier
+/// transactions left to be freed, tens of milliseconds, and transactions wait for that
+/// (`nft_rcv_nl_event` of `nf_tables_api.c`).
+#[derive(Debug, Default)]
+struct LastingSocket(Option<Socket>);
+
+impl LastingSocket {
+    /// Has `work` done with the socket, which is opened where there is none. After a failure the next
+    /// one is another.
+    fn with<T>(&mut self, work: impl FnOnce(&mut Socket) -> Result<T, Error>) -> Result<T, Error> {
+        let mut socket = match self.0.take() {
+            Some(socket) => socket,
+            None => Socket::open()?,
+        };
+        let done = work(&mut socket)?;
+        self.0 = Some(socket);
+        Ok(done)
     }
 }
 
@@ -286,6 +309,7 @@ fn find_clients(
     found: &mpsc::Sender<Vec<Forgotten>>,
 ) {
     let mut wake = None;
+    let mut socket = LastingSocket::default();
     while let Ok(first) = queue.recv() {
         // A packet that passed the old ruleset may still be remembered.
         std::thread::sleep(STRAGGLERS);
@@ -298,9 +322,13 @@ fn find_clients(
             }
         }
         if !lapsed.is_empty() {
-            match Socket::open().and_then(|mut socket| affinity::list(&mut socket)) {
+            match socket.with(affinity::list) {
                 Ok(listed) => {
-                    let clients = lock(in_force).remembered.lapsed(&lapsed, &listed);
+                    // There may be a million, and transactions need what is in force, too.
+                    let is_stale = |family, element: &ElementDump| {
+                        lock(in_force).remembered.is_stale(&lapsed, family, element)
+                    };
+                    let clients = affinity::select(listed, is_stale);
                     if !clients.is_empty()
                         && found.send(clients).is_ok()
                         && let Some(Wake(wake)) = &wake

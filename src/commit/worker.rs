@@ -3,12 +3,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 
 use super::adopt::{Found, lay_out};
-use super::affinity::{AT_ONCE, Forgotten};
+use super::affinity::{self, AT_ONCE, Forgotten};
 use super::applied::{Applied, Step};
 use super::blame::{
     Split, is_about_layout, is_denied, is_passing, is_surprise, is_unknown_flag, split,
@@ -17,9 +16,9 @@ use super::flows::{Suspects, Sweeper};
 use super::listing;
 use super::{Adoption, Change, CommitError, Report, Totals};
 use crate::model::NodeContext;
-use crate::netlink::{Batch, Element, Error, Socket, TableFlags};
+use crate::netlink::{Batch, Error, Socket, TableFlags};
 use crate::plan::{Desired, ServicePlan};
-use crate::ruleset::{Contribution, PoolSlots, SetName, Subject, TABLE};
+use crate::ruleset::{Contribution, PoolSlots, Subject, TABLE};
 
 /// A subject and the contribution that it shall have.
 pub(super) type Target = (Subject, Option<Contribution>);
@@ -342,33 +341,7 @@ impl Worker {
         self.forgotten.extend(self.sweeper.forgotten());
         let chunk: Vec<Forgotten> =
             self.forgotten.drain(..AT_ONCE.min(self.forgotten.len())).collect();
-        let mut parts = vec![chunk];
-        // Each part is deleted, or becomes smaller.
-        while let Some(part) = parts.pop() {
-            if part.is_empty() {
-                continue;
-            }
-            let mut batch = Batch::new(TABLE);
-            for (family, key) in &part {
-                batch.delete_element(&SetName::Affinity(*family).name(), &Element::key(key));
-            }
-            match self.send(batch) {
-                Ok(()) => tracing::debug!(count = part.len(), "forgot clients"),
-                // Their time was up meanwhile.
-                Err(Error::Refused(refusals))
-                    if refusals.iter().all(|r| r.error.kind() == io::ErrorKind::NotFound) =>
-                {
-                    let (first, second) = part.split_at(part.len() / 2);
-                    if !first.is_empty() {
-                        parts.extend([first.to_vec(), second.to_vec()]);
-                    }
-                }
-                Err(error) => tracing::warn!(
-                    error = &error as &dyn std::error::Error,
-                    "clients may be sent to an endpoint that left",
-                ),
-            }
-        }
+        affinity::forget(chunk, |batch| self.send(batch));
         !self.forgotten.is_empty()
     }
 
