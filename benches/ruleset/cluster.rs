@@ -69,11 +69,6 @@ pub struct Size {
 }
 
 impl Size {
-    /// How many Services have load-balancer addresses that only some sources may reach.
-    pub fn restricted_load_balancers(self) -> usize {
-        (0..self.services).filter(|index| self.kind(*index).is_restricted()).count()
-    }
-
     /// How many Services there are before all that there is has been seen once. These are never
     /// changed.
     pub fn unchanged(self) -> usize {

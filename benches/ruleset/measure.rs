@@ -79,9 +79,6 @@ pub struct Outcome {
     pub objects: Option<Objects>,
 }
 
-/// What each list of `loadBalancerSourceRanges` adds to our table.
-pub const LOAD_BALANCER_FIREWALL: Objects = Objects { chains: 1, rules: 3, sets: 2 };
-
 /// One row of the raw data.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Measurement {

@@ -13,9 +13,8 @@ use portcullis::model::{Family, SourceRestriction};
 use crate::cluster::{Cluster, NODE_PORTS};
 use crate::isolation;
 use crate::machine::peak_kib;
-use crate::measure::{Job, LOAD_BALANCER_FIREWALL, Measurement, Outcome, Proxy, What};
+use crate::measure::{Job, Measurement, Outcome, Proxy, What};
 use crate::objects;
-use crate::objects::Objects;
 
 /// How long the kernel may take to grow its hash tables in the background.
 const SETTLE: Duration = Duration::from_millis(300);
@@ -124,17 +123,17 @@ fn change(
         }
         What::ServiceAdded | What::ServiceRemoved => {
             let added = cluster.push(index);
-            let (adds, removes) = operations_of(cluster, added);
+            let operations = elements_of(cluster, added);
             let mut apart = Outcome::default();
             let (on_add, on_remove) = match job.what {
                 What::ServiceAdded => (&mut *outcome, &mut apart),
                 _ => (&mut apart, &mut *outcome),
             };
             subject.put(cluster, added, on_add)?;
-            expect(job, on_add, adds..=adds)?;
+            expect(job, on_add, operations..=operations)?;
             let name = cluster.pop();
             subject.commit(on_remove, || Change::Service(name, None))?;
-            expect(job, on_remove, removes..=removes)
+            expect(job, on_remove, operations..=operations)
         }
         What::CidrAdded => {
             cluster.add_cidr(index);
@@ -145,8 +144,8 @@ fn change(
     }
 }
 
-/// How many operations it takes to add a Service, and to remove it.
-fn operations_of(cluster: &Cluster, index: usize) -> (usize, usize) {
+/// How many elements a Service is.
+fn elements_of(cluster: &Cluster, index: usize) -> usize {
     let (frontends, local) = (cluster.frontends(index), cluster.local_frontends(index));
     let (endpoints, here) =
         (cluster.slices[index].endpoints.len(), usize::from(cluster.is_local(index)));
@@ -158,14 +157,11 @@ fn operations_of(cluster: &Cluster, index: usize) -> (usize, usize) {
     if service.session_affinity.is_some() {
         elements += frontends * (1 + endpoints);
     }
-    let SourceRestriction::Allow(ranges) = &service.load_balancer_sources else {
-        return (elements, elements);
-    };
-    elements += service.load_balancer_ips.len();
-    let Objects { chains, rules, sets } = LOAD_BALANCER_FIREWALL;
-    let ranges = ranges.of_family(Family::V4).len();
-    // The rules go with the chain, and the ranges with their set.
-    (elements + chains + rules + sets + ranges, elements + chains + sets)
+    if let SourceRestriction::Allow(ranges) = &service.load_balancer_sources {
+        let ranges = ranges.of_family(Family::V4).len();
+        elements += service.load_balancer_ips.len() * service.ports.len() * (1 + ranges);
+    }
+    elements
 }
 
 /// Performance without a clock: a change must cost what changed.

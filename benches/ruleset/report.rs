@@ -7,9 +7,8 @@ use anyhow::{Result, ensure};
 
 use crate::Results;
 use crate::cluster::Size;
-use crate::machine::Machine;
 use crate::markdown::{as_f64, bytes, header, percentile, row, thousands, time};
-use crate::measure::{LOAD_BALANCER_FIREWALL, Measurement, Proxy, What};
+use crate::measure::{Measurement, Proxy, What};
 use crate::objects::Objects;
 
 /// The raw data: JSON with one measurement a line, so that a change of it can be read.
@@ -36,7 +35,7 @@ pub fn check_objects(measurements: &[Measurement]) -> Result<()> {
     for mixed in [false, true] {
         let loads = measurements.iter().filter(|m| m.size.mixed == mixed);
         let objects: BTreeSet<_> = loads
-            .filter_map(without_firewalls)
+            .filter_map(objects_of)
             .map(|Objects { chains, rules, sets }| (chains, rules, sets))
             .collect();
         ensure!(
@@ -47,47 +46,24 @@ pub fn check_objects(measurements: &[Measurement]) -> Result<()> {
     Ok(())
 }
 
-/// What our table consists of besides the firewalls of load-balancer addresses. `None` where it has
-/// others.
-fn without_firewalls(measurement: &Measurement) -> Option<Objects> {
+/// What our table consists of. `None` where it has firewalls of node ports, which have chains and sets
+/// of their own.
+fn objects_of(measurement: &Measurement) -> Option<Objects> {
     let Measurement { proxy, size, outcome, .. } = measurement;
-    let Objects { chains, rules, sets } = outcome.objects?;
-    let restricted = if size.mixed { size.restricted_load_balancers() } else { 0 };
-    (*proxy == Proxy::Portcullis && size.cidrs == 0).then(|| Objects {
-        chains: chains - restricted * LOAD_BALANCER_FIREWALL.chains,
-        rules: rules - restricted * LOAD_BALANCER_FIREWALL.rules,
-        sets: sets - restricted * LOAD_BALANCER_FIREWALL.sets,
-    })
+    outcome.objects.filter(|_| *proxy == Proxy::Portcullis && size.cidrs == 0)
 }
 
 /// The tables.
 pub fn markdown(results: &Results) -> String {
     let Results { machine, measurements } = results;
     let mut out = String::new();
-    describe(&mut out, machine);
+    let _ = writeln!(out, "{}", machine.sentence(""));
     bars(&mut out, measurements);
     cold_loads(&mut out, measurements);
     changes(&mut out, measurements);
     restarts(&mut out, measurements);
     objects(&mut out, measurements);
     out
-}
-
-fn describe(out: &mut String, machine: &Machine) {
-    let _ = writeln!(
-        out,
-        "Measured {} at commit `{}` on {}, {} cores, {:.0} GiB, Linux {}, {}, {}; load average \
-         before: {}.",
-        machine.time,
-        machine.commit,
-        machine.cpu,
-        machine.cores,
-        machine.memory_mib.div_ceil(1024),
-        machine.kernel,
-        machine.nft,
-        machine.rustc,
-        machine.load,
-    );
 }
 
 /// What we ask of ourselves, and whether it is reached.
@@ -173,12 +149,12 @@ fn same_objects(all: &[Measurement], mixed: bool) -> Option<Bar> {
     let mut loads: Vec<(usize, usize)> = all
         .iter()
         .filter(|m| m.what == What::ColdLoad && m.size.mixed == mixed)
-        .filter_map(|m| Some((m.size.services, without_firewalls(m)?)))
+        .filter_map(|m| Some((m.size.services, objects_of(m)?)))
         .map(|(services, objects)| (services, objects.chains + objects.rules))
         .collect();
     loads.sort_unstable();
     let (&(few, least), &(many, most)) = loads.first().zip(loads.last())?;
-    let suffix = if mixed { ", mixed, but for firewalls" } else { "" };
+    let suffix = if mixed { ", mixed" } else { "" };
     let (few, many) = (thousands(few), thousands(many));
     let name = format!("chains and rules at {few} and {many} Services{suffix}");
     let got = format!("{} and {}", thousands(least), thousands(most));

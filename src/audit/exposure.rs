@@ -136,7 +136,7 @@ fn node_ports(plan: &ServicePlan, desired: &Desired) -> Vec<ExposedPort> {
 
 /// What the rules of a Service's firewall counted that are as we wrote them.
 fn counts(service: &ServiceName, table: &Table) -> (Option<Count>, Option<Count>) {
-    let firewall = FirewallChain::of_node_ports(service.clone());
+    let firewall = FirewallChain::of(service.clone());
     let Some(chain) = table.chains.get(&firewall.name()) else { return (None, None) };
     let (mut accepted, mut refused) = (None, None);
     for spec in firewall.rules() {
@@ -186,7 +186,7 @@ impl<'a> Doubts<'a> {
     }
 
     fn about(&self, service: &ServiceName, ports: &[ExposedPort]) -> bool {
-        let firewall = FirewallChain::of_node_ports(service.clone());
+        let firewall = FirewallChain::of(service.clone());
         self.general
             || self.names.contains(&*firewall.name())
             || firewall.sets().iter().any(|set| self.names.contains(&*set.name()))

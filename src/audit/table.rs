@@ -88,7 +88,7 @@ impl Table {
         }
         for contribution in contributions {
             let contribution = contribution.borrow();
-            for firewall in contribution.firewalls() {
+            if let Some(firewall) = contribution.firewall() {
                 firewall.sets().iter().for_each(|set| table.add_set(set));
                 table.add_chain(firewall.name(), &firewall.rules());
             }
@@ -126,12 +126,10 @@ impl Table {
 impl Set {
     /// Whether the last part of a key is the slot of an endpoint.
     pub fn has_slots(&self) -> bool {
-        let key = self.definition.split(" : ").next().unwrap_or_default();
-        key.rsplit(" . ").next() == Some(Field::Slot.type_name())
+        let key = self.definition.split_once(" : ").map(|(key, _)| key);
+        key.and_then(|key| key.rsplit(" . ").next()) == Some(Field::Slot.type_name())
     }
-}
 
-impl Set {
     /// Whether rules fill it, so that it holds what clients did.
     pub fn is_filled_by_rules(&self) -> bool {
         self.definition.contains(" flags timeout")

@@ -56,7 +56,7 @@ impl Found {
             if !same_types(&set, &id.spec().netlink(&name)) {
                 return None;
             }
-            if let SetName::Allow(..) | SetName::Ranges(..) = id {
+            if let SetName::Allow(..) = id {
                 found.allow_sets.insert(name);
             }
             for element in set.elements {
@@ -150,10 +150,10 @@ impl Found {
         for (index, (_, contribution)) in contributions.iter().enumerate() {
             let Some(contribution) = contribution else { continue };
             batch.set_tag(tag(index));
-            for firewall in contribution.firewalls() {
-                if self.chains.remove(&firewall.name()).is_none() {
-                    add_firewall(batch, &firewall);
-                }
+            if let Some(firewall) = contribution.firewall()
+                && self.chains.remove(&firewall.name()).is_none()
+            {
+                add_firewall(batch, &firewall);
             }
             contribution.elements(|element| self.element(&element, batch));
             hairpins.extend(contribution.hairpins().into_iter().map(|address| (address, index)));
@@ -325,21 +325,14 @@ fn is_backend(element: &Element, held: &Backend) -> bool {
 
 /// The firewall chain with this name.
 fn firewall(name: &str) -> Option<FirewallChain> {
-    if let Some(name) = name.strip_prefix("fw-") {
-        return Some(FirewallChain::of_node_ports(service(name)?));
-    }
-    Some(FirewallChain::of_load_balancer(service(name.strip_prefix("lb-")?)?))
+    Some(FirewallChain::of(service(name.strip_prefix("fw-")?)?))
 }
 
 /// The set of allowed sources with this name.
 fn allow_set(name: &str) -> Option<SetName> {
-    type OfService = fn(Family, crate::model::ServiceName) -> SetName;
-    let kinds: [(&str, OfService); 2] = [("allow", SetName::Allow), ("ranges", SetName::Ranges)];
-    kinds.into_iter().find_map(|(head, set)| {
-        let rest = name.strip_prefix(head)?;
-        let family = Family::ALL.into_iter().find(|family| rest.starts_with(family.digit()))?;
-        Some(set(family, service(rest[1..].strip_prefix('-')?)?))
-    })
+    let rest = name.strip_prefix("allow")?;
+    let family = Family::ALL.into_iter().find(|family| rest.starts_with(family.digit()))?;
+    Some(SetName::Allow(family, service(rest[1..].strip_prefix('-')?)?))
 }
 
 fn service(name: &str) -> Option<crate::model::ServiceName> {

@@ -6,8 +6,7 @@ use std::net::IpAddr;
 
 use crate::netlink::{self, Batch, Tag};
 use crate::ruleset::{
-    Contribution, Element, ElementKey, FirewallChain, SetName, SharedChain, Subject, Value,
-    hairpin_element,
+    Contribution, Element, ElementKey, FirewallChain, SharedChain, Subject, Value, hairpin_element,
 };
 
 /// What every subject has in the kernel, as of the last transaction that succeeded. Stale when
@@ -205,27 +204,26 @@ pub(super) fn delete_element(batch: &mut Batch, key: &ElementKey) {
     batch.delete_element(&key.set.name(), &description);
 }
 
-/// The firewalls that one has and the other has not. The chain of a firewall is the same for every
+/// The firewall that one has and the other has not. The chain of a firewall is the same for every
 /// Service, so there is nothing to change.
-fn firewalls_gone(old: Option<&Contribution>, next: Option<&Contribution>) -> Vec<FirewallChain> {
-    let of = |c: Option<&Contribution>| c.map(Contribution::firewalls).unwrap_or_default();
-    let next = of(next);
-    of(old).into_iter().filter(|firewall| !next.contains(firewall)).collect()
+fn firewall_gone(old: Option<&Contribution>, next: Option<&Contribution>) -> Option<FirewallChain> {
+    let next = next.and_then(Contribution::firewall);
+    old.and_then(Contribution::firewall).filter(|firewall| next.as_ref() != Some(firewall))
 }
 
 fn firewalls(old: Option<&Contribution>, next: Option<&Contribution>, batch: &mut Batch) {
-    for firewall in firewalls_gone(next, old) {
+    if let Some(firewall) = firewall_gone(next, old) {
         add_firewall(batch, &firewall);
     }
-    for firewall in firewalls_gone(old, next) {
+    if let Some(firewall) = firewall_gone(old, next) {
         delete_firewall(batch, &firewall);
     }
 }
 
 fn elements(old: Option<&Contribution>, next: Option<&Contribution>, batch: &mut Batch) {
     // A set that goes takes its elements along.
-    let goes: Vec<SetName> =
-        firewalls_gone(old, next).iter().flat_map(FirewallChain::sets).collect();
+    let goes = firewall_gone(old, next).map(|firewall| firewall.sets());
+    let goes = goes.as_ref().map_or(&[][..], |sets| sets);
     match (old, next) {
         (None, None) => {}
         (None, Some(next)) => next.elements(|element| add_element(batch, &element)),

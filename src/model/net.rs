@@ -29,6 +29,14 @@ impl Family {
         }
     }
 
+    /// How long an address is, in bits.
+    pub fn address_bits(self) -> u8 {
+        match self {
+            Family::V4 => 32,
+            Family::V6 => 128,
+        }
+    }
+
     /// The CIDR of all addresses.
     pub fn everything(self) -> IpNet {
         match self {

@@ -1,9 +1,7 @@
 //! Chains that choose an endpoint: one for each number of endpoints in use.
 
-use super::chains::MASQUERADE_BIT;
-use super::rule::Selector::{
-    self, DestinationAddress, DestinationPort, InputInterface, L4Proto, SourceAddress,
-};
+use super::chains::{MASQUERADE_BIT, jump, short_circuit_chain};
+use super::rule::Selector::{self, DestinationAddress, DestinationPort, L4Proto, SourceAddress};
 use super::rule::{RuleBuilder, RuleSpec};
 use super::sets::SetName;
 use crate::model::Family;
@@ -124,7 +122,8 @@ impl Balancer {
     pub fn rules(self) -> Vec<RuleSpec> {
         let mut rules = Vec::new();
         if self.route.is_local() {
-            rules.extend(self.short_circuit());
+            let short_circuit = short_circuit_chain(self.family, self.route.is_node_port());
+            rules.push(RuleBuilder::new().verdict(jump(short_circuit)).build(None));
         }
         if self.endpoints == 0 {
             return rules;
@@ -171,31 +170,6 @@ impl Balancer {
         } else {
             vec![DestinationAddress(self.family), L4Proto, DestinationPort]
         }
-    }
-
-    /// Who is here did not come through a load balancer, which would have chosen a node with
-    /// endpoints. The node may have used an address that others cannot answer to.
-    fn short_circuit(self) -> [RuleSpec; 3] {
-        let (family, key) = (self.family, self.frontend());
-        let map = if self.route.is_node_port() {
-            SetName::NodePortClusterPolicy(family)
-        } else {
-            SetName::ClusterPolicy(family)
-        };
-        let by_interface = if self.route.is_node_port() {
-            RuleBuilder::nfproto(family)
-        } else {
-            RuleBuilder::of(family)
-        };
-        let from = |begin: RuleBuilder| begin.vmap(&key, &map).build(None);
-        [
-            from(
-                RuleBuilder::of(family)
-                    .in_set(&[SourceAddress(family)], &SetName::PodCidrs(family)),
-            ),
-            from(by_interface.in_set(&[InputInterface], &SetName::PodInterfaces)),
-            from(RuleBuilder::nfproto(family).by_local_address().mark(MASQUERADE_BIT)),
-        ]
     }
 }
 

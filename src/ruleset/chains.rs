@@ -57,6 +57,14 @@ pub const BASE_CHAINS: &[BaseChain] = &[
     shared("source-firewall", "node ports: who may connect"),
     shared("load-balancer-firewall", "load-balancer addresses: who may connect"),
     shared("services", "Service addresses and node ports to endpoints"),
+    shared("cluster-policy4", "policy Local: where pods of this node and the node itself go"),
+    shared("cluster-policy6", "policy Local: where pods of this node and the node itself go"),
+    shared("nodeport-cluster-policy4", "the same for node ports"),
+    shared("nodeport-cluster-policy6", "the same for node ports"),
+    shared("short-circuit4", "policy Local: finds pods of this node and the node itself"),
+    shared("short-circuit6", "policy Local: finds pods of this node and the node itself"),
+    shared("nodeport-short-circuit4", "the same for node ports"),
+    shared("nodeport-short-circuit6", "the same for node ports"),
     shared("remember-endpoints", "session affinity: who got which endpoint"),
     shared(REJECT_CHAIN, "answers as a port without a listener does"),
     shared("without-endpoints", "finds what no endpoint serves"),
@@ -92,6 +100,14 @@ pub fn base_rules() -> Vec<(&'static str, RuleSpec)> {
     rules.extend(source_firewall().map(|rule| ("source-firewall", rule)));
     rules.extend(load_balancer_firewall().map(|rule| ("load-balancer-firewall", rule)));
     rules.extend(services().map(|rule| ("services", rule)));
+    for family in Family::ALL {
+        for node_port in [false, true] {
+            rules
+                .push((cluster_policy_chain(family, node_port), cluster_policy(family, node_port)));
+            let short_circuit = short_circuit(family, node_port);
+            rules.extend(short_circuit.map(|rule| (short_circuit_chain(family, node_port), rule)));
+        }
+    }
     rules.extend(remember_endpoints().map(|rule| ("remember-endpoints", rule)));
     rules.extend(reject_connection().map(|rule| (REJECT_CHAIN, rule)));
     rules.extend(without_endpoints().map(|rule| ("without-endpoints", rule)));
@@ -129,8 +145,28 @@ pub fn base_rules() -> Vec<(&'static str, RuleSpec)> {
     rules
 }
 
-fn jump(chain: &str) -> Verdict {
+pub(super) fn jump(chain: &str) -> Verdict {
     Verdict::Jump(chain.to_owned())
+}
+
+/// The chain that serves who is here by all endpoints, whatever the policy.
+fn cluster_policy_chain(family: Family, node_port: bool) -> &'static str {
+    match (family, node_port) {
+        (Family::V4, false) => "cluster-policy4",
+        (Family::V6, false) => "cluster-policy6",
+        (Family::V4, true) => "nodeport-cluster-policy4",
+        (Family::V6, true) => "nodeport-cluster-policy6",
+    }
+}
+
+/// The chain that finds who is here.
+pub(super) fn short_circuit_chain(family: Family, node_port: bool) -> &'static str {
+    match (family, node_port) {
+        (Family::V4, false) => "short-circuit4",
+        (Family::V6, false) => "short-circuit6",
+        (Family::V4, true) => "nodeport-short-circuit4",
+        (Family::V6, true) => "nodeport-short-circuit6",
+    }
 }
 
 /// Packets to a node port: a local address in the configured CIDRs, whatever the port.
@@ -198,6 +234,32 @@ fn services() -> [RuleSpec; 7] {
         .vmap(&[L4Proto, DestinationPort], &SetName::NodePorts(Family::V4))
         .build(None);
     [masquerade4, masquerade6, by_address4, by_address6, by_node_port4, by_node_port6, at_localhost]
+}
+
+/// A chain of one rule: the kernel validates a map of verdicts as often as rules ask it.
+fn cluster_policy(family: Family, node_port: bool) -> RuleSpec {
+    let rule = RuleBuilder::new();
+    let rule = if node_port {
+        let map = SetName::NodePortClusterPolicy(family);
+        rule.vmap(&[L4Proto, DestinationPort], &map)
+    } else {
+        rule.vmap(&service_key(family), &SetName::ClusterPolicy(family))
+    };
+    rule.build(None)
+}
+
+/// Who is here did not come through a load balancer, which would have chosen a node with endpoints.
+/// The node may have used an address that others cannot answer to.
+fn short_circuit(family: Family, node_port: bool) -> [RuleSpec; 3] {
+    let lead_on = |rule: RuleBuilder| {
+        let chain = cluster_policy_chain(family, node_port).to_owned();
+        rule.verdict(Verdict::Goto(chain)).build(None)
+    };
+    [
+        lead_on(RuleBuilder::new().in_set(&[SourceAddress(family)], &SetName::PodCidrs(family))),
+        lead_on(RuleBuilder::new().in_set(&[InputInterface], &SetName::PodInterfaces)),
+        lead_on(RuleBuilder::new().by_local_address().mark(MASQUERADE_BIT)),
+    ]
 }
 
 /// By what the first packet carried when it came; now it carries the endpoint.

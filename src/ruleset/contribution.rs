@@ -10,6 +10,7 @@ use super::affinity::Remember;
 use super::balancer::{Balancer, LOCAL_SLOTS, Route};
 use super::element::{ChainName, Element, ElementKey, KeyBytes, SharedChain, Value};
 use super::firewall::FirewallChain;
+use super::networks::{self, FromNetworks};
 use super::sets::SetName;
 use crate::model::{
     Backend, Family, LocalTraffic, NodeContext, Protocol, ServiceName, TrafficPolicy,
@@ -184,23 +185,23 @@ impl Contribution {
     pub fn shared_chains(&self) -> BTreeSet<SharedChain> {
         let Contribution::Service { plan, slots } = self else { return BTreeSet::new() };
         let pools = plan.pools.iter().zip(slots);
-        pools
-            .flat_map(|(pool, slots)| {
-                pool.frontends
-                    .iter()
-                    .flat_map(move |frontend| Entry::new(pool, frontend, slots).chains())
-            })
-            .collect()
+        let entries = pools.flat_map(|(pool, slots)| {
+            pool.frontends
+                .iter()
+                .flat_map(move |frontend| Entry::new(pool, frontend, slots).chains())
+        });
+        let guards = plan.load_balancer_firewall.iter().flat_map(|firewall| {
+            let addresses = firewall.addresses.iter();
+            let families: BTreeSet<Family> = addresses.map(|at| Family::of(at.address)).collect();
+            families.into_iter().filter_map(|family| Guard::new(family, &firewall.sources))
+        });
+        entries.chain(guards.map(|guard| guard.chain())).collect()
     }
 
-    /// The firewall chains of this subject, with their sets.
-    pub fn firewalls(&self) -> Vec<FirewallChain> {
-        let Some(plan) = self.plan() else { return Vec::new() };
-        let service = || plan.service().clone();
-        let node_ports = plan.firewall.as_ref().map(|_| FirewallChain::of_node_ports(service()));
-        let load_balancer = plan.load_balancer_firewall.as_ref();
-        let load_balancer = load_balancer.map(|_| FirewallChain::of_load_balancer(service()));
-        node_ports.into_iter().chain(load_balancer).collect()
+    /// The firewall of this subject's node ports, which has sets of its own.
+    pub fn firewall(&self) -> Option<FirewallChain> {
+        let plan = self.plan()?;
+        plan.firewall.as_ref().map(|_| FirewallChain::of(plan.service().clone()))
     }
 }
 
@@ -458,7 +459,7 @@ pub(crate) struct EndpointLists {
 
 fn firewall_elements(plan: &ServicePlan, owner: &Arc<str>, each: &mut impl FnMut(Element)) {
     let Some(firewall) = &plan.firewall else { return };
-    let chain = FirewallChain::of_node_ports(plan.service().clone());
+    let chain = FirewallChain::of(plan.service().clone());
     for port in &firewall.node_ports {
         let key = KeyBytes::empty().protocol(port.protocol).port(port.port);
         each(Element {
@@ -467,31 +468,53 @@ fn firewall_elements(plan: &ServicePlan, owner: &Arc<str>, each: &mut impl FnMut
             comment: Some(owned_port(owner, &port.port_name)),
         });
     }
-    source_elements(&chain, &firewall.sources, each);
+    for family in Family::ALL {
+        for cidr in firewall.sources.of_family(family) {
+            each(set_element(ElementKey::cidr(chain.set(family), cidr), None));
+        }
+    }
 }
 
 fn load_balancer_elements(plan: &ServicePlan, owner: &Arc<str>, each: &mut impl FnMut(Element)) {
     let Some(firewall) = &plan.load_balancer_firewall else { return };
-    let chain = FirewallChain::of_load_balancer(plan.service().clone());
+    let guards = Family::ALL.map(|family| Guard::new(family, &firewall.sources));
     for at in &firewall.addresses {
+        let family = Family::of(at.address);
+        let guard = guards.iter().flatten().find(|guard| guard.family == family);
+        // Everybody may reach it.
+        let Some(guard) = guard else { continue };
         let key = KeyBytes::empty().address(at.address).protocol(at.protocol).port(at.port);
-        let set = SetName::LoadBalancerFirewall(Family::of(at.address));
+        let owner = owned_port(owner, &at.port_name);
         each(Element {
-            key: ElementKey::single(set, key),
-            value: Value::Goto(ChainName::Firewall(chain.clone())),
-            comment: Some(owned_port(owner, &at.port_name)),
+            key: ElementKey::single(SetName::LoadBalancerFirewall(family), key),
+            value: Value::Goto(ChainName::Shared(guard.chain())),
+            comment: Some(Arc::clone(&owner)),
         });
+        for network in &guard.networks {
+            let set = SetName::LoadBalancerSources(family);
+            each(set_element(ElementKey::single(set, key.network(*network)), Some(&owner)));
+        }
     }
-    source_elements(&chain, &firewall.sources, each);
 }
 
-fn source_elements(chain: &FirewallChain, sources: &Sources, each: &mut impl FnMut(Element)) {
-    if let Sources::Allow(cidrs) = sources {
-        for family in Family::ALL {
-            for cidr in cidrs.of_family(family) {
-                each(set_element(ElementKey::cidr(chain.set(family), cidr), None));
-            }
-        }
+/// Who may reach the load-balancer addresses of one family.
+struct Guard {
+    family: Family,
+    chain: FromNetworks,
+    networks: Vec<IpNet>,
+}
+
+impl Guard {
+    /// `None` where everybody may reach them.
+    fn new(family: Family, sources: &Sources) -> Option<Guard> {
+        let networks = sources.of_family(family).into_iter().flat_map(networks::parts);
+        let networks: Vec<IpNet> = networks.collect();
+        let chain = FromNetworks::new(family, networks.iter().copied())?;
+        Some(Guard { family, chain, networks })
+    }
+
+    fn chain(&self) -> SharedChain {
+        SharedChain::FromNetworks(self.chain)
     }
 }
 

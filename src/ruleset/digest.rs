@@ -1,11 +1,13 @@
 //! A digest of everything in the ruleset that is not an element.
 
+use ipnet::IpNet;
 use xxhash_rust::xxh64::Xxh64;
 
 use super::affinity::Remember;
 use super::balancer::{Balancer, Route};
 use super::chains::{BASE_CHAINS, base_rules};
 use super::firewall::FirewallChain;
+use super::networks::FromNetworks;
 use super::sets::SetName;
 use crate::model::{Family, ServiceName};
 use crate::plan::Choice;
@@ -25,10 +27,8 @@ pub fn layout_comment() -> String {
         hash.update(format!("{chain} {rule:?}").as_bytes());
     }
     let sample = ServiceName::new("namespace", "name");
-    let firewalls =
-        [FirewallChain::of_node_ports(sample.clone()), FirewallChain::of_load_balancer(sample)];
-    let sets = firewalls.iter().flat_map(FirewallChain::sets);
-    for set in SetName::fixed().into_iter().chain(sets) {
+    let firewall = FirewallChain::of(sample);
+    for set in SetName::fixed().into_iter().chain(firewall.sets()) {
         hash.update(format!("{set} {:?}", set.spec()).as_bytes());
     }
     for (route, family) in Route::ALL.iter().flat_map(|route| Family::ALL.map(|f| (*route, f))) {
@@ -40,8 +40,11 @@ pub fn layout_comment() -> String {
     for remember in Family::ALL.map(|family| Remember { family, seconds: 1 }) {
         hash.update(format!("{} {:?}", remember.name(), remember.rules()).as_bytes());
     }
-    for firewall in &firewalls {
-        hash.update(format!("{} {:?}", firewall.name(), firewall.rules()).as_bytes());
+    for networks in ["0.0.0.0/1", "::/4"].map(|network| network.parse().expect("a network")) {
+        let networks = FromNetworks::new(Family::of(IpNet::network(&networks)), [networks]);
+        let networks = networks.expect("it is not everybody");
+        hash.update(format!("{} {:?}", networks.name(), networks.rules()).as_bytes());
     }
+    hash.update(format!("{} {:?}", firewall.name(), firewall.rules()).as_bytes());
     format!("portcullis: layout {:016x}", hash.digest())
 }

@@ -11,6 +11,7 @@ use super::balancer::Balancer;
 use super::chains::REJECT_CHAIN;
 use super::contribution::InterfaceName;
 use super::firewall::FirewallChain;
+use super::networks::FromNetworks;
 use super::rule::RuleSpec;
 use super::sets::SetName;
 use crate::model::{Backend, Protocol};
@@ -56,7 +57,7 @@ pub enum Value {
 pub enum ChainName {
     /// A chain that Services share.
     Shared(SharedChain),
-    /// A Service's firewall.
+    /// The firewall of a Service's node ports.
     Firewall(FirewallChain),
     /// The chain that rejects connections.
     Reject,
@@ -69,6 +70,8 @@ pub enum SharedChain {
     Balancer(Balancer),
     /// Remembers which endpoint a client got.
     Remember(Remember),
+    /// Lets in who comes from a network that is listed for the address.
+    FromNetworks(FromNetworks),
 }
 
 impl SharedChain {
@@ -77,13 +80,16 @@ impl SharedChain {
         match self {
             SharedChain::Balancer(balancer) => balancer.name(),
             SharedChain::Remember(remember) => remember.name(),
+            SharedChain::FromNetworks(networks) => networks.name(),
         }
     }
 
     /// The chain with this name, if it is one that we would make.
     pub fn parse(name: &str) -> Option<SharedChain> {
         let balancer = Balancer::parse(name).map(SharedChain::Balancer);
-        balancer.or_else(|| Remember::parse(name).map(SharedChain::Remember))
+        let remember = || Remember::parse(name).map(SharedChain::Remember);
+        let networks = || FromNetworks::parse(name).map(SharedChain::FromNetworks);
+        balancer.or_else(remember).or_else(networks)
     }
 
     /// The rules.
@@ -91,6 +97,7 @@ impl SharedChain {
         match self {
             SharedChain::Balancer(balancer) => balancer.rules(),
             SharedChain::Remember(remember) => remember.rules(),
+            SharedChain::FromNetworks(networks) => networks.rules(),
         }
     }
 }
@@ -115,7 +122,7 @@ pub struct KeyBytes {
 }
 
 impl KeyBytes {
-    /// A Service's IPv6 address and port, and an endpoint's: the longest key there is.
+    /// A Service's IPv6 address and port, and an endpoint's, or a network: the longest keys there are.
     const CAPACITY: usize = 16 + 4 + 4 + 16 + 4;
 
     /// Bytes of an interface's name (`IFNAMSIZ`).
@@ -159,6 +166,11 @@ impl KeyBytes {
     /// Slots are numbers of the machine's byte order, as `numgen` makes them.
     pub(super) fn slot(self, slot: u32) -> KeyBytes {
         self.push(&slot.to_ne_bytes())
+    }
+
+    /// A network and its prefix length, which is a number as of a slot.
+    pub(super) fn network(self, network: IpNet) -> KeyBytes {
+        self.address(network.network()).slot(network.prefix_len().into())
     }
 
     /// An empty key to append fields to.

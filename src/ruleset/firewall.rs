@@ -1,4 +1,4 @@
-//! The chain of a Service's firewall.
+//! The chain of the firewall of a Service's node ports.
 
 use super::rule::Selector::SourceAddress;
 use super::rule::{RuleBuilder, RuleSpec};
@@ -16,41 +16,23 @@ const LOG_BURST: u32 = 10;
 /// Enough of a packet for an IPv6 header and ports.
 const LOG_SNAPLEN: u32 = 64;
 
-/// What a firewall guards.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Guarded {
-    /// The Service's node ports.
-    NodePorts,
-    /// The Service's load-balancer addresses.
-    LoadBalancer,
-}
-
-/// The firewall of one Service: who is in its sets passes, all others are counted and dropped.
+/// The firewall of one Service's node ports: who is in its sets passes, all others are counted and
+/// dropped.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct FirewallChain {
-    /// What it guards.
-    pub guarded: Guarded,
     /// The Service.
     pub service: ServiceName,
 }
 
 impl FirewallChain {
-    /// The firewall of a Service's node ports.
-    pub fn of_node_ports(service: ServiceName) -> FirewallChain {
-        FirewallChain { guarded: Guarded::NodePorts, service }
+    /// The firewall of a Service.
+    pub fn of(service: ServiceName) -> FirewallChain {
+        FirewallChain { service }
     }
 
-    /// The firewall of a Service's load-balancer addresses.
-    pub fn of_load_balancer(service: ServiceName) -> FirewallChain {
-        FirewallChain { guarded: Guarded::LoadBalancer, service }
-    }
-
-    /// The chain's name, `fw-NAMESPACE/NAME` or `lb-NAMESPACE/NAME`.
+    /// The chain's name, `fw-NAMESPACE/NAME`.
     pub fn name(&self) -> String {
-        match self.guarded {
-            Guarded::NodePorts => format!("fw-{}", self.service),
-            Guarded::LoadBalancer => format!("lb-{}", self.service),
-        }
+        format!("fw-{}", self.service)
     }
 
     /// The sets of allowed sources.
@@ -60,10 +42,7 @@ impl FirewallChain {
 
     /// The set of allowed sources of one family.
     pub fn set(&self, family: Family) -> SetName {
-        match self.guarded {
-            Guarded::NodePorts => SetName::Allow(family, self.service.clone()),
-            Guarded::LoadBalancer => SetName::Ranges(family, self.service.clone()),
-        }
+        SetName::Allow(family, self.service.clone())
     }
 
     /// The rules, which are the same for every Service but for the names in them.
@@ -76,16 +55,11 @@ impl FirewallChain {
                 .verdict(Verdict::Accept)
                 .build(Some("allowed"))
         });
-        let logged = match self.guarded {
-            Guarded::NodePorts => Some(
-                RuleBuilder::new()
-                    .limit_per_second(LOG_RATE, LOG_BURST)
-                    .log(&self.service.to_string(), REFUSED_LOG_GROUP, LOG_SNAPLEN)
-                    .build(Some("sample of the refused")),
-            ),
-            Guarded::LoadBalancer => None,
-        };
+        let logged = RuleBuilder::new()
+            .limit_per_second(LOG_RATE, LOG_BURST)
+            .log(&self.service.to_string(), REFUSED_LOG_GROUP, LOG_SNAPLEN)
+            .build(Some("sample of the refused"));
         let refused = RuleBuilder::new().counter().verdict(Verdict::Drop).build(Some("refused"));
-        allowed.into_iter().chain(logged).chain([refused]).collect()
+        allowed.into_iter().chain([logged, refused]).collect()
     }
 }

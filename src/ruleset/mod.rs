@@ -11,6 +11,7 @@ mod contribution;
 mod digest;
 mod element;
 mod firewall;
+mod networks;
 mod rule;
 mod sets;
 mod text;
@@ -24,7 +25,8 @@ pub(crate) use contribution::{
 };
 pub use digest::layout_comment;
 pub use element::{ChainName, Element, ElementKey, KeyBytes, SharedChain, Value};
-pub use firewall::{FirewallChain, Guarded, REFUSED_LOG_GROUP};
+pub use firewall::{FirewallChain, REFUSED_LOG_GROUP};
+pub use networks::FromNetworks;
 pub use rule::RuleSpec;
 pub(crate) use rule::duration;
 pub use sets::{Field, SetData, SetName, SetSpec};

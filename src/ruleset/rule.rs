@@ -1,5 +1,7 @@
 //! Rules in the making: expressions, and the nft line that a listing prints for them, side by side.
 
+use std::net::{Ipv4Addr, Ipv6Addr};
+
 use crate::model::{Family, Protocol};
 use crate::netlink::{
     CmpOp, CtKey, CtOriginalKey, Expression, LimitUnit, MetaKey, NatKind, PayloadBase, Register,
@@ -23,6 +25,8 @@ pub struct RuleSpec {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Selector {
     SourceAddress(Family),
+    /// So many bits of the source address; not none, and not all.
+    SourceNetwork(Family, u8),
     DestinationAddress(Family),
     L4Proto,
     DestinationPort,
@@ -61,25 +65,6 @@ pub(super) struct RuleBuilder {
 impl RuleBuilder {
     pub fn new() -> RuleBuilder {
         RuleBuilder::default()
-    }
-
-    /// A rule that only sees packets of `family`; says nothing where an `ip` or `ip6` selector
-    /// follows.
-    pub fn of(family: Family) -> RuleBuilder {
-        let mut rule = RuleBuilder::new();
-        rule.see(family);
-        rule
-    }
-
-    /// `meta nfproto ipv4`: a rule that only sees packets of `family`, and says so, as nft does
-    /// where no `ip` or `ip6` selector follows at once.
-    pub fn nfproto(family: Family) -> RuleBuilder {
-        let mut rule = RuleBuilder::of(family);
-        rule.word(match family {
-            Family::V4 => "meta nfproto ipv4",
-            Family::V6 => "meta nfproto ipv6",
-        });
-        rule
     }
 
     /// `ct state new`
@@ -132,7 +117,7 @@ impl RuleBuilder {
         let (length, with) = match family {
             // nft compares a prefix of whole bytes by loading those bytes only.
             Family::V4 => (1, vec![127]),
-            Family::V6 => (16, std::net::Ipv6Addr::LOCALHOST.octets().to_vec()),
+            Family::V6 => (16, Ipv6Addr::LOCALHOST.octets().to_vec()),
         };
         self.word(match family {
             Family::V4 => "ip daddr != 127.0.0.0/8",
@@ -433,6 +418,7 @@ impl RuleBuilder {
     fn load_from(&mut self, mut word: u32, selectors: &[Selector]) -> String {
         for selector in selectors {
             if let Selector::SourceAddress(f)
+            | Selector::SourceNetwork(f, _)
             | Selector::DestinationAddress(f)
             | Selector::SourceHash { family: f, .. } = selector
             {
@@ -455,6 +441,7 @@ impl Selector {
     fn words(self) -> u32 {
         match self {
             Selector::SourceAddress(f)
+            | Selector::SourceNetwork(f, _)
             | Selector::DestinationAddress(f)
             | Selector::OriginalSource(f)
             | Selector::OriginalDestination(f) => address_length(f) / 4,
@@ -475,6 +462,13 @@ impl Selector {
         match self {
             Selector::SourceAddress(f) => {
                 (format!("{} saddr", ip(f)), vec![network(source_offset(f), f, into)])
+            }
+            Selector::SourceNetwork(f, length) => {
+                let (text, mut expressions) = Selector::SourceAddress(f).load(into, word);
+                let (netmask, mask) = netmask(f, length);
+                let xor = vec![0; mask.len()];
+                expressions.push(Expression::Bitwise { register: into, mask, xor });
+                (format!("{text} & {netmask}"), expressions)
             }
             Selector::DestinationAddress(f) => {
                 (format!("{} daddr", ip(f)), vec![network(destination_offset(f), f, into)])
@@ -547,6 +541,21 @@ pub(crate) fn duration(seconds: u32) -> String {
     let parts = parts.iter().filter(|(number, _)| *number > 0);
     let parts: Vec<String> = parts.map(|(number, unit)| format!("{number}{unit}")).collect();
     parts.concat()
+}
+
+/// The mask of a prefix length, as text and as bytes.
+fn netmask(family: Family, length: u8) -> (String, Vec<u8>) {
+    let without = family.address_bits() - length;
+    match family {
+        Family::V4 => {
+            let mask = Ipv4Addr::from(u32::MAX << without);
+            (mask.to_string(), mask.octets().to_vec())
+        }
+        Family::V6 => {
+            let mask = Ipv6Addr::from(u128::MAX << without);
+            (mask.to_string(), mask.octets().to_vec())
+        }
+    }
 }
 
 fn ip(family: Family) -> &'static str {

@@ -19,6 +19,8 @@ pub enum Field {
     /// integers in a concatenation (1.0.6 dies of it) but prints marks well, and to the kernel both
     /// are four bytes.
     Slot,
+    /// The length of a network's prefix: four bytes, as of a slot.
+    PrefixLength,
     /// The name of an interface.
     Interface,
 }
@@ -31,7 +33,7 @@ impl Field {
             Field::Address(Family::V6) => "ipv6_addr",
             Field::Protocol => "inet_proto",
             Field::Port => "inet_service",
-            Field::Slot => "mark",
+            Field::Slot | Field::PrefixLength => "mark",
             Field::Interface => "ifname",
         }
     }
@@ -43,7 +45,7 @@ impl Field {
             Field::Address(Family::V6) => 8,
             Field::Protocol => 12,
             Field::Port => 13,
-            Field::Slot => 19,
+            Field::Slot | Field::PrefixLength => 19,
             Field::Interface => 41,
         }
     }
@@ -102,8 +104,11 @@ pub enum SetName {
     /// Endpoints on this node, as source and destination: connections that come back to where
     /// they began.
     Hairpin(Family),
-    /// Load-balancer address and port to the firewall of its Service.
+    /// Load-balancer address and port that only some may reach, to the chain for the lengths of their
+    /// networks.
     LoadBalancerFirewall(Family),
+    /// Load-balancer address and port, and a network that may reach it.
+    LoadBalancerSources(Family),
     /// IPv4 loopback addresses at which node ports are served to the node itself.
     LocalhostIps,
     /// Interfaces from which sources keep their address when they connect to a ClusterIP.
@@ -114,8 +119,6 @@ pub enum SetName {
     NodePortFirewall,
     /// Sources that may reach a Service's node ports.
     Allow(Family, ServiceName),
-    /// Sources that may reach a Service's load-balancer addresses.
-    Ranges(Family, ServiceName),
 }
 
 /// What a map leads to.
@@ -152,7 +155,7 @@ impl SetName {
     /// The sets that are always there, in listing order.
     pub fn fixed() -> Vec<SetName> {
         type OfFamily = fn(Family) -> SetName;
-        const OF_FAMILY: [OfFamily; 20] = [
+        const OF_FAMILY: [OfFamily; 21] = [
             SetName::ClusterIps,
             SetName::NodePortIps,
             SetName::ServiceCidrs,
@@ -173,6 +176,7 @@ impl SetName {
             SetName::Affinity,
             SetName::Hairpin,
             SetName::LoadBalancerFirewall,
+            SetName::LoadBalancerSources,
         ];
         let of_family = OF_FAMILY.iter().flat_map(|set| Family::ALL.map(set));
         let others = [
@@ -221,18 +225,20 @@ impl SetName {
             SetName::LoadBalancerFirewall(f) => {
                 by_family(f, "load-balancer-firewall4", "load-balancer-firewall6")
             }
+            SetName::LoadBalancerSources(f) => {
+                by_family(f, "load-balancer-sources4", "load-balancer-sources6")
+            }
             SetName::LocalhostIps => Cow::Borrowed("localhost-ips4"),
             SetName::UnmasqueradedInterfaces => Cow::Borrowed("unmasqueraded-interfaces"),
             SetName::PodInterfaces => Cow::Borrowed("pod-interfaces"),
             SetName::NodePortFirewall => Cow::Borrowed("nodeport-firewall"),
             SetName::Allow(f, service) => Cow::Owned(format!("allow{}-{service}", f.digit())),
-            SetName::Ranges(f, service) => Cow::Owned(format!("ranges{}-{service}", f.digit())),
         }
     }
 
     /// The definition.
     pub fn spec(&self) -> SetSpec {
-        use Field::{Address, Interface, Port, Protocol, Slot};
+        use Field::{Address, Interface, Port, PrefixLength, Protocol, Slot};
         use SetData::{Endpoint, None, Verdict};
         let service = |f| vec![Address(f), Protocol, Port];
         let node_port = || vec![Protocol, Port];
@@ -295,8 +301,13 @@ impl SetName {
                 "endpoints here that may be balanced to themselves",
             ),
             SetName::LoadBalancerFirewall(f) => {
-                (service(f), Verdict, "load-balancer address to the firewall of its Service")
+                (service(f), Verdict, "load-balancer addresses that only some may reach")
             }
+            SetName::LoadBalancerSources(f) => (
+                vec![Address(f), Protocol, Port, Address(f), PrefixLength],
+                None,
+                "load-balancer address and a network that may reach it, with its length",
+            ),
             SetName::LocalhostIps => {
                 (vec![Address(Family::V4)], None, "where node ports are served to the node itself")
             }
@@ -309,9 +320,6 @@ impl SetName {
             }
             SetName::Allow(f, _) => {
                 (vec![Address(f)], None, "who may reach the Service's node ports")
-            }
-            SetName::Ranges(f, _) => {
-                (vec![Address(f)], None, "who may reach the Service's load-balancer addresses")
             }
         };
         SetSpec { key, data, interval: self.has_intervals(), dynamic: self.is_dynamic(), comment }
@@ -329,7 +337,6 @@ impl SetName {
                 | SetName::UnmasqueradedInterfaces
                 | SetName::PodInterfaces
                 | SetName::Allow(..)
-                | SetName::Ranges(..)
         )
     }
 

@@ -30,7 +30,7 @@ impl Listing {
             listing.sets.insert(set, BTreeSet::new());
         }
         for contribution in contributions {
-            for firewall in contribution.firewalls() {
+            if let Some(firewall) = contribution.firewall() {
                 listing.sets.extend(firewall.sets().map(|set| (set, BTreeSet::new())));
                 listing.chains.insert(firewall.name(), firewall.rules());
             }
@@ -222,7 +222,7 @@ fn field_text(field: Field, value: &[u8]) -> String {
             let name = String::from_utf8_lossy(value);
             format!("\"{}\"", name.trim_end_matches('\0'))
         }
-        Field::Slot => {
+        Field::Slot | Field::PrefixLength => {
             let bytes = value.first_chunk().copied().unwrap_or_default();
             format!("{:#010x}", u32::from_ne_bytes(bytes))
         }

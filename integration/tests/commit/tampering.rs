@@ -138,7 +138,10 @@ fn tamperings() -> Vec<(&'static str, String, Repair)> {
         ),
         (
             "a source range let in",
-            format!("add {ELEMENTS_OF} ranges4-shop/web-5 {{ 203.0.113.0/24 }}"),
+            format!(
+                "add {ELEMENTS_OF} load-balancer-sources4 {{
+                    203.0.113.5 . tcp . 80 . 198.51.100.0 . 24 }}"
+            ),
             Elements(1),
         ),
         (

@@ -79,6 +79,48 @@ fn source_ranges_guard_load_balancer_addresses() -> Result<()> {
     Ok(())
 }
 
+/// The client is `192.0.2.10` and `2001:db8:1::10`.
+#[test]
+fn source_ranges_may_have_any_length() -> Result<()> {
+    let Some(world) = World::new(2)? else { return Ok(()) };
+    let lab = &world.lab;
+    let _servers = servers(lab)?;
+    let case = Case {
+        internal: Policy::Cluster,
+        external: Policy::Cluster,
+        placement: Placement::Here,
+        number: 20,
+    };
+    let ranges = |list: &[&str]| exposed(20, lab, &json!({ "loadBalancerSourceRanges": list }));
+    ranges(&["127.0.0.1/32", "::1/128"]).write(&world.manifests)?;
+    let _daemon = world.daemon(&[])?;
+    let table: [(&[&str], bool); 10] = [
+        (&["192.0.2.10/32", "2001:db8:1::10/128"], true),
+        (&["192.0.2.11/32", "2001:db8:1::11/128"], false),
+        (&["128.0.0.0/1", "2000::/3"], true),
+        (&["0.0.0.0/1", "4000::/2"], false),
+        // In IPv6 these become networks of 128 bits.
+        (&["192.0.2.8/29", "2001:db8:1::10/125"], true),
+        (&["192.0.2.0/29", "2001:db8:1::/125"], false),
+        // The client's network of 24 or 64 bits begins as one that is shorter, but is not listed.
+        (&["192.0.2.0/29", "10.1.1.0/24", "2001:db8:1::/124", "fd00:1::/64"], false),
+        (&["192.0.2.0/29", "10.0.0.0/8", "192.0.2.8/30", "::/8", "2001:db8:1::/96"], true),
+        (&["10.0.0.0/8", "2001:db8:2::/48"], false),
+        (&["0.0.0.0/0", "::/0"], true),
+    ];
+    for (list, lets_in) in table {
+        let manifest = ranges(list);
+        manifest.write(&world.manifests)?;
+        for family in FAMILIES {
+            let to = address(lab, &manifest, case, Target::LoadBalancer, family);
+            let ask = || Probe::new(to, Protocol::Tcp).timeout(DROPPED).run(&lab.allowed);
+            let expected = || ask().is_ok_and(|outcome| outcome.by().is_some() == lets_in);
+            ensure!(eventually(NOTICE, expected), "{list:?} -> {to}: {:?}", ask());
+        }
+    }
+    Ok(())
+}
+
 /// A health check is answered by the daemon itself, at a port that the Service opens.
 #[test]
 fn the_firewall_guards_health_checks() -> Result<()> {

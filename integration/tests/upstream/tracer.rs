@@ -59,10 +59,10 @@ impl Tracer {
         let mut sets: BTreeMap<String, Vec<Element>> = BTreeMap::new();
         for contribution in contributions {
             let shared = contribution.shared_chains();
-            let firewalls = contribution.firewalls();
+            let firewall = contribution.firewall();
             let of_shared = shared.iter().map(|chain| (chain.name(), chain.rules()));
-            let of_firewalls = firewalls.iter().map(|chain| (chain.name(), chain.rules()));
-            for (name, rules) in of_shared.chain(of_firewalls) {
+            let of_firewall = firewall.iter().map(|chain| (chain.name(), chain.rules()));
+            for (name, rules) in of_shared.chain(of_firewall) {
                 let rules = rules.into_iter().map(|rule| rule.expressions).collect();
                 chains.insert(name, rules);
             }

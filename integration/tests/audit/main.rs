@@ -3,30 +3,24 @@
 //!
 //! `NFT` names another `nft` to test with; the one that is installed is the default.
 
-use std::ffi::OsString;
+mod kernel;
+mod world;
+
 use std::fmt::Write as _;
-use std::io::Write as _;
-use std::net::IpAddr;
-use std::num::NonZeroU16;
-use std::process::{Command, Stdio};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
 
 use portcullis::audit::{
-    self, Access, Audit, Change, Count, Difference, Exposure, Nft, Object, Observed, Position,
+    Access, Audit, Change, Count, Difference, Exposure, Nft, Object, Observed, Position,
 };
-use portcullis::commit::Worker;
-use portcullis::model::{
-    Balancing, CidrSet, Endpoint, EndpointSlice, Family, LocalTraffic, Node, NodeContext, Protocol,
-    Service, ServiceName, ServicePort, SliceName, SlicePort, SourceRestriction, TrafficPolicy,
-};
-use portcullis::plan::{Desired, ServicePlan, plan_service};
+use portcullis::model::{Family, Protocol, ServiceName, SourceRestriction};
+
+use kernel::{handle, namespace, nft, nft_program};
+use world::{Exposed, World};
 
 #[test]
 fn what_was_programmed_is_in_sync() {
-    let Some(namespace) = Namespace::new() else { return };
+    let Some(namespace) = namespace() else { return };
     let world = World::varied();
-    namespace.run(|| {
+    namespace.enter(|| {
         let worker = world.program();
         // Owned by the worker, and by nobody: some versions of nft need to be asked differently.
         let owned = world.audit();
@@ -44,7 +38,7 @@ fn what_was_programmed_is_in_sync() {
 /// written out.
 #[test]
 fn nft_reads_what_was_meant() {
-    let Some(namespace) = Namespace::new() else { return };
+    let Some(namespace) = namespace() else { return };
     let world = World::varied();
     let table: &[(&str, &str)] = &[
         ("cluster-ips4", "10.96.0.7 comment \"shop/inside\""),
@@ -127,20 +121,26 @@ fn nft_reads_what_was_meant() {
         ("sticky-nodeport-endpoints6", "tcp . 30090 . fd00:244:11::1 . 8080"),
         (
             "load-balancer-firewall4",
-            "203.0.113.11 . tcp . 80 comment \"shop/outside:http\" : goto lb-shop/outside",
+            "203.0.113.11 . tcp . 80 comment \"shop/outside:http\" : goto from-networks4-8",
         ),
         (
             "load-balancer-firewall6",
-            "2001:db8:2::11 . tcp . 80 comment \"shop/outside:http\" : goto lb-shop/outside",
+            "2001:db8:2::11 . tcp . 80 comment \"shop/outside:http\" : goto from-networks6-32",
         ),
-        ("ranges4-shop/outside", "10.0.0.0/8"),
-        ("ranges6-shop/outside", "2001:db8::/32"),
+        (
+            "load-balancer-sources4",
+            "203.0.113.11 . tcp . 80 . 10.0.0.0 . 0x00000008 comment \"shop/outside:http\"",
+        ),
+        (
+            "load-balancer-sources6",
+            "2001:db8:2::11 . tcp . 80 . 2001:db8:: . 0x00000020 comment \"shop/outside:http\"",
+        ),
         ("allow4-shop/web", "10.128.0.0/10"),
         ("allow6-shop/web", "ffff::/16"),
         ("allow6-shop/world", "::/0"),
         ("localhost-ips4", "127.0.0.0/8"),
     ];
-    namespace.run(|| {
+    namespace.enter(|| {
         let _worker = world.program();
         let nft = Nft { program: nft_program(), ..Nft::default() };
         let observed = Observed::read(&nft.list().unwrap()).unwrap();
@@ -162,11 +162,11 @@ fn nft_reads_what_was_meant() {
 
 #[test]
 fn slots_may_be_any() {
-    let Some(namespace) = Namespace::new() else { return };
+    let Some(namespace) = namespace() else { return };
     let mut world = World::new();
     let http = [Exposed { node_port: Some(30080), ..Exposed::HTTP }];
     world.add("web", 1, &http, 5, SourceRestriction::Unrestricted);
-    namespace.run(|| {
+    namespace.enter(|| {
         let mut worker = world.program();
         // The first endpoints go: the last ones move into their slots.
         let mut plan = world.plans[0].clone();
@@ -278,8 +278,8 @@ fn every_change_by_others_is_found() {
         ("the table is gone", "delete table inet portcullis", "Missing Table portcullis\n"),
     ];
     for (name, script, expected) in table {
-        let Some(namespace) = Namespace::new() else { return };
-        namespace.run(|| {
+        let Some(namespace) = namespace() else { return };
+        namespace.enter(|| {
             drop(world.program());
             nft(script);
             let audit = world.audit();
@@ -291,7 +291,7 @@ fn every_change_by_others_is_found() {
 
 #[test]
 fn a_firewall_that_was_tampered_with_is_not_in_force() {
-    let Some(namespace) = Namespace::new() else { return };
+    let Some(namespace) = namespace() else { return };
     let world = World::varied();
     let table: &[(&str, &[&str])] = &[
         ("add element inet portcullis allow4-shop/web { 203.0.113.0/24 }", &["web"]),
@@ -315,7 +315,7 @@ fn a_firewall_that_was_tampered_with_is_not_in_force() {
             ],
         ),
     ];
-    namespace.run(|| {
+    namespace.enter(|| {
         for (script, expected) in table {
             drop(world.program());
             nft(script);
@@ -329,9 +329,9 @@ fn a_firewall_that_was_tampered_with_is_not_in_force() {
 
 #[test]
 fn counters_are_reported_and_make_no_difference() {
-    let Some(namespace) = Namespace::new() else { return };
+    let Some(namespace) = namespace() else { return };
     let world = World::varied();
-    namespace.run(|| {
+    namespace.enter(|| {
         drop(world.program());
         for (set, family, packets) in [("@allow4", "ip", 7), ("@allow6", "ip6", 5)] {
             let (handle, bytes) = (handle("fw-shop/web", set), 60 * packets);
@@ -361,9 +361,9 @@ fn counters_are_reported_and_make_no_difference() {
 
 #[test]
 fn exposures_say_who_may_reach_what() {
-    let Some(namespace) = Namespace::new() else { return };
+    let Some(namespace) = namespace() else { return };
     let world = World::varied();
-    namespace.run(|| {
+    namespace.enter(|| {
         let _worker = world.program();
         let audit = world.audit();
         let access: Vec<(&str, Access, bool)> =
@@ -395,9 +395,9 @@ fn exposures_say_who_may_reach_what() {
 
 #[test]
 fn other_tables_are_seen() {
-    let Some(namespace) = Namespace::new() else { return };
+    let Some(namespace) = namespace() else { return };
     let world = World::varied();
-    namespace.run(|| {
+    namespace.enter(|| {
         let worker = world.program();
         nft("table inet strict {
                chain early {
@@ -458,9 +458,9 @@ fn other_tables_are_seen() {
 
 #[test]
 fn a_namespace_without_our_table_lacks_it() {
-    let Some(namespace) = Namespace::new() else { return };
+    let Some(namespace) = namespace() else { return };
     let world = World::varied();
-    namespace.run(|| {
+    namespace.enter(|| {
         let audit = world.audit();
         assert_eq!(audit.differences.len(), 1, "{audit}");
         let Difference { object, change, .. } = &audit.differences[0];
@@ -481,253 +481,4 @@ fn short(differences: &[Difference]) -> String {
         let _ = writeln!(out, "{change:?} {object:?} {name}{key}");
     }
     out
-}
-
-fn nft_program() -> OsString {
-    std::env::var_os("NFT").unwrap_or_else(|| "nft".into())
-}
-
-/// Feeds `script` to nft. A child of another test that was forked a moment ago may still hold the
-/// socket that owns the table, until it has become its program; so this tries for a while.
-fn nft(script: &str) {
-    let done = (0..50).any(|_| {
-        let mut command = Command::new(nft_program());
-        command.args(["-f", "-"]).stdin(Stdio::piped());
-        let mut child = command.spawn().expect("nft is installed");
-        child.stdin.take().unwrap().write_all(script.as_bytes()).unwrap();
-        let success = child.wait().unwrap().success();
-        if !success {
-            std::thread::sleep(std::time::Duration::from_millis(20));
-        }
-        success
-    });
-    assert!(done, "{script}");
-}
-
-/// The handle of the rule of `chain` whose listed line contains `text`.
-fn handle(chain: &str, text: &str) -> String {
-    let mut command = Command::new(nft_program());
-    let output = command.args(["-a", "list", "chain", "inet", "portcullis", chain]).output();
-    let listing = String::from_utf8(output.unwrap().stdout).unwrap();
-    let line = listing.lines().find(|line| line.contains(text)).expect(text);
-    line.rsplit(' ').next().unwrap().to_owned()
-}
-
-/// A network namespace of the test's own; it goes with the value.
-struct Namespace {
-    name: String,
-}
-
-impl Namespace {
-    /// `None` if this process may not make one, which is an error where `CI` is set.
-    fn new() -> Option<Namespace> {
-        static NUMBER: AtomicU32 = AtomicU32::new(0);
-        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        let name = format!("portcullis-audit-{}-{number}", std::process::id());
-        let made = Command::new("ip").args(["netns", "add", &name]).output();
-        if made.as_ref().is_ok_and(|output| output.status.success()) {
-            return Some(Namespace { name });
-        }
-        assert!(std::env::var_os("CI").is_none(), "cannot make a network namespace: {made:?}");
-        eprintln!("SKIPPED: cannot make a network namespace: {made:?}");
-        None
-    }
-
-    /// Runs `work` on a thread in the namespace.
-    fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
-        std::thread::scope(|scope| {
-            let thread = scope.spawn(|| {
-                let file = std::fs::File::open(format!("/run/netns/{}", self.name)).unwrap();
-                nix::sched::setns(file, nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
-                work()
-            });
-            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-        })
-    }
-}
-
-impl Drop for Namespace {
-    fn drop(&mut self) {
-        let _ = Command::new("ip").args(["netns", "del", &self.name]).status();
-    }
-}
-
-/// What is asked for.
-struct World {
-    node: NodeContext,
-    plans: Vec<ServicePlan>,
-    desired: Desired,
-}
-
-#[derive(Clone, Copy)]
-struct Exposed {
-    name: &'static str,
-    protocol: Protocol,
-    port: u16,
-    node_port: Option<u16>,
-}
-
-impl Exposed {
-    const HTTP: Exposed =
-        Exposed { name: "http", protocol: Protocol::Tcp, port: 80, node_port: None };
-}
-
-fn cidrs(texts: &[&str]) -> Vec<ipnet::IpNet> {
-    texts.iter().map(|text| text.parse().unwrap()).collect()
-}
-
-impl World {
-    fn new() -> World {
-        let node = NodeContext {
-            node: Node {
-                primary_addresses: vec![address("192.168.77.1"), address("fd00:77::1")],
-                pod_cidrs: cidrs(&["10.244.0.0/24", "fd00:244::/64"]),
-                ..Node::default()
-            },
-            local_traffic: LocalTraffic::NodeCidrs,
-            localhost_nodeports: true,
-            service_cidrs: cidrs(&["10.96.0.0/16", "fd00:96::/112"]),
-            ..NodeContext::new("here".into())
-        };
-        World { node, plans: Vec::new(), desired: Desired::default() }
-    }
-
-    /// A Service of every kind that makes a difference in the ruleset.
-    fn varied() -> World {
-        let http = |node_port| [Exposed { node_port, ..Exposed::HTTP }];
-        let dns = |name, protocol, node_port| Exposed { name, protocol, port: 53, node_port };
-        let allow = |list| SourceRestriction::Allow(CidrSet::parse(list).unwrap());
-        let open = || SourceRestriction::Unrestricted;
-        let some = "192.0.2.0/24, 10.0.0.0/9, 10.128.0.0/10, 255.0.0.0/8, 0.0.0.0/30, \
-                    198.51.100.7, 2001:db8::/32, ::/127, ::102:304, ffff::/16";
-        let mut world = World::new();
-        world.add("web", 1, &http(Some(30080)), 3, allow(some));
-        world.add("world", 2, &http(Some(30081)), 1, allow("0.0.0.0/0, ::/0"));
-        world.add("nobody", 3, &http(Some(30082)), 2, allow(""));
-        world.add("closed", 4, &http(Some(30083)), 2, SourceRestriction::Closed);
-        world.add("open", 5, &http(Some(30084)), 2, open());
-        world.add("empty", 6, &http(Some(30085)), 0, open());
-        world.add("inside", 7, &http(None), 7, open());
-        let dns = [
-            dns("dns", Protocol::Udp, Some(30053)),
-            dns("dns-tcp", Protocol::Tcp, Some(30053)),
-            dns("dns-sctp", Protocol::Sctp, None),
-        ];
-        world.add("dns", 8, &dns, 2, allow("10.0.0.0/8"));
-        // Younger than `web`, whose node port it asks for.
-        world.add("late", 9, &http(Some(30080)), 2, open());
-        world.add(
-            "unnamed",
-            10,
-            &[Exposed { name: "", node_port: Some(30086), ..Exposed::HTTP }],
-            1,
-            open(),
-        );
-        let address = |text: &str| text.parse().unwrap();
-        world.add_with("outside", 11, &http(Some(30090)), 3, open(), |service| {
-            service.external_ips = vec![address("198.51.100.11"), address("2001:db8:1::11")];
-            service.load_balancer_ips = vec![address("203.0.113.11"), address("2001:db8:2::11")];
-            service.load_balancer_sources = allow("10.0.0.0/8, 2001:db8::/32");
-            service.internal_traffic = TrafficPolicy::Local;
-            service.external_traffic = TrafficPolicy::Local;
-            service.session_affinity = std::num::NonZeroU32::new(10_800);
-            service.balancing = Balancing::SourceHash;
-        });
-        world.add_with("elsewhere", 12, &http(Some(30091)), 3, open(), |service| {
-            service.load_balancer_ips = vec![address("203.0.113.12")];
-            service.external_traffic = TrafficPolicy::Local;
-            service.created = 99;
-        });
-        world
-    }
-
-    /// A dual-stack Service with that many endpoints in each family, the first of them here.
-    fn add(
-        &mut self,
-        name: &str,
-        number: u16,
-        ports: &[Exposed],
-        endpoints: u16,
-        node_port_sources: SourceRestriction,
-    ) {
-        self.add_with(name, number, ports, endpoints, node_port_sources, |_| {});
-    }
-
-    fn add_with(
-        &mut self,
-        name: &str,
-        number: u16,
-        ports: &[Exposed],
-        endpoints: u16,
-        node_port_sources: SourceRestriction,
-        change: impl FnOnce(&mut Service),
-    ) {
-        let name = ServiceName::new("shop", name);
-        let port = |number| NonZeroU16::new(number).unwrap();
-        let mut service = Service {
-            created: number.into(),
-            cluster_ips: vec![
-                address(&format!("10.96.0.{number}")),
-                address(&format!("fd00:96::{number}")),
-            ],
-            ports: ports
-                .iter()
-                .map(|p| ServicePort {
-                    name: p.name.into(),
-                    protocol: p.protocol,
-                    port: port(p.port),
-                    node_port: p.node_port.map(port),
-                })
-                .collect(),
-            node_port_sources,
-            ..Service::new(name.clone())
-        };
-        change(&mut service);
-        // `elsewhere` has no endpoint on this node.
-        let here = service.created != 99;
-        let slices = Family::ALL.map(|family| EndpointSlice {
-            name: SliceName { namespace: "shop".into(), name: "slice".into() },
-            service: name.clone(),
-            family,
-            ports: ports
-                .iter()
-                .map(|p| SlicePort {
-                    name: p.name.into(),
-                    protocol: p.protocol,
-                    port: port(8000 + p.port),
-                })
-                .collect(),
-            endpoints: (1..=endpoints)
-                .map(|endpoint| Endpoint {
-                    node: (endpoint == 1 && here).then(|| Arc::from("here")),
-                    ..Endpoint::new(match family {
-                        Family::V4 => address(&format!("10.244.{number}.{endpoint}")),
-                        Family::V6 => address(&format!("fd00:244:{number}::{endpoint}")),
-                    })
-                })
-                .collect(),
-            diagnostics: vec![],
-        });
-        let plan = plan_service(&service, &slices, &self.node);
-        self.desired.set(&name, Some(plan.clone()));
-        self.plans.push(plan);
-    }
-
-    /// Makes the kernel hold the world. The worker owns the table while it lives.
-    fn program(&self) -> Worker {
-        let report =
-            |report: portcullis::commit::Report| assert!(report.refused.is_none(), "{report:?}");
-        let mut worker = Worker::open(report).unwrap();
-        worker.adopt(&self.node, self.plans.clone()).unwrap();
-        worker
-    }
-
-    fn audit(&self) -> Audit {
-        let nft = Nft { program: nft_program(), ..Nft::default() };
-        audit::run(&self.desired, &self.node, &nft).unwrap()
-    }
-}
-
-fn address(text: &str) -> IpAddr {
-    text.parse().expect(text)
 }
