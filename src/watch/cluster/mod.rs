@@ -16,6 +16,10 @@
 //!   `Wire` never fails.
 //! - The Controller reconciles what a store holds. This one holds names; all else is lowered as it
 //!   is read.
+//! - A watcher does nothing unless it is polled: it asks for the next page of a list when somebody
+//!   waits for it, and not while others are read. Here each has a task of its own.
+//! - It asks for streamed lists (`sendInitialEvents`) with `resourceVersion=0`, which lets the API
+//!   server answer with what was true some time ago. Paged lists ask for what is true now.
 
 mod events;
 mod feed;
@@ -29,13 +33,15 @@ mod wire;
 
 use std::sync::Arc;
 
-use futures::stream::{self, BoxStream, StreamExt};
+use futures::stream::{self, BoxStream, Stream, StreamExt};
 use k8s_openapi::api::core::v1 as core;
 use kube::api::ListParams;
 use kube::runtime::controller::{Controller, Error as ControllerError};
 use kube::runtime::{reflector, watcher};
 use kube::{Api, Client};
 use thiserror::Error;
+use tokio::sync::mpsc;
+use tokio::task::JoinError;
 use tokio_util::sync::CancellationToken;
 
 use super::{Options, lower};
@@ -122,7 +128,37 @@ where
 {
     let objects: Api<Wire<K>> = Api::all(client.clone());
     let told = outages.pausing(watcher(objects, selected));
-    told.map(event).boxed()
+    ahead(told.map(event)).boxed()
+}
+
+/// How many events of a watcher may wait to be taken: a page of its list.
+const AHEAD: usize = 500;
+
+/// The same, polled by a task of its own until nobody listens any more.
+fn ahead<T: Send + 'static>(
+    mut events: impl Stream<Item = T> + Send + Unpin + 'static,
+) -> impl Stream<Item = T> + Send {
+    let (sender, receiver) = mpsc::channel(AHEAD);
+    let task = tokio::spawn(async move {
+        loop {
+            let event = tokio::select! {
+                () = sender.closed() => return,
+                event = events.next() => event,
+            };
+            let Some(event) = event else { return };
+            if sender.send(event).await.is_err() {
+                return;
+            }
+        }
+    });
+    stream::unfold((receiver, task), async |(mut receiver, task)| {
+        let Some(event) = receiver.recv().await else {
+            // A watcher that panicked must not look like one that has nothing to tell.
+            let panic = task.await.err().filter(JoinError::is_panic);
+            return panic.map(|panic| std::panic::resume_unwind(panic.into_panic()));
+        };
+        Some((event, (receiver, task)))
+    })
 }
 
 /// The label selector of Services: those of another proxy are not ours.

@@ -5,8 +5,8 @@
 //! What cannot be read has its name all the same, and becomes an object that holds nothing but a
 //! diagnostic.
 //!
-//! Lowering belongs to reading, because a page of a list is kept until all of it was taken: lowered
-//! objects are a fraction of what was read.
+//! Lowering belongs to reading, because watchers read ahead, each in a task of its own, and of what
+//! was read the least is to be kept: a list of lowered objects is a fraction of that list as text.
 
 use std::borrow::Cow;
 use std::fmt::Debug;
