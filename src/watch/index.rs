@@ -101,8 +101,11 @@ impl Index {
             owners.insert(old.service);
         }
         if let Some(mut slice) = slice {
-            // One copy of the name.
+            // One copy of each name.
             slice.name = name.clone();
+            if let Some(known) = self.services.get(&slice.service) {
+                slice.service = known.name.clone();
+            }
             let slices = self.slices_of.entry(slice.service.clone());
             let slices = slices.or_insert_with(|| Vec::with_capacity(1));
             if let Err(place) = slices.binary_search(name) {

@@ -5,27 +5,33 @@ use std::sync::Arc;
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
 use k8s_openapi::api::networking::v1 as networking;
+use kube::runtime::reflector::store::Writer;
 use kube::runtime::watcher;
 
+use super::known::{Known, known};
 use super::outage::Outages;
 use super::reconcile::Context;
 use super::relist::Relist;
-use crate::model::{Node, NodeContext, ServiceName, SliceName};
+use super::wire::Wire;
+use crate::model::{Node, NodeContext, ServiceCidr, ServiceName, SliceName};
 use crate::report::Reporter;
-use crate::watch::lower;
+
+/// What the watcher of objects of the kind `K` tells.
+pub(super) type Told<K> = watcher::Result<watcher::Event<Wire<K>>>;
 
 /// What one of the watchers tells.
 #[derive(Debug)]
 #[allow(clippy::large_enum_variant)] // one at a time, and taken at once
 pub(super) enum Event {
-    Service(watcher::Result<watcher::Event<core::Service>>),
-    Slice(watcher::Result<watcher::Event<discovery::EndpointSlice>>),
-    Node(watcher::Result<watcher::Event<core::Node>>),
-    ServiceCidr(watcher::Result<watcher::Event<networking::ServiceCIDR>>),
+    Service(Told<core::Service>),
+    Slice(Told<discovery::EndpointSlice>),
+    Node(Told<core::Node>),
+    ServiceCidr(Told<networking::ServiceCIDR>),
 }
 
 /// Takes the events of all watchers.
 pub(super) struct Feed {
+    store: Writer<Known>,
     context: Arc<Context>,
     outages: Arc<Outages>,
     reporter: Reporter,
@@ -41,8 +47,14 @@ pub(super) struct Feed {
 
 impl Feed {
     /// Nothing was told yet.
-    pub(super) fn new(context: Arc<Context>, outages: Arc<Outages>, reporter: Reporter) -> Feed {
+    pub(super) fn new(
+        store: Writer<Known>,
+        context: Arc<Context>,
+        outages: Arc<Outages>,
+        reporter: Reporter,
+    ) -> Feed {
         Feed {
+            store,
             context,
             outages,
             reporter,
@@ -75,16 +87,16 @@ impl Feed {
             }
             Event::Slice(event) => {
                 self.outages.take("EndpointSlices", &event);
-                event.map_or_else(|_| Vec::new(), |event| self.slice(&event))
+                event.map_or_else(|_| Vec::new(), |event| self.slice(event))
             }
             Event::Node(event) => {
                 self.outages.take("the Node", &event);
-                event.map_or_else(|_| Vec::new(), |event| self.node(&event))
+                event.map_or_else(|_| Vec::new(), |event| self.node(event))
             }
             Event::ServiceCidr(event) => {
                 self.outages.take("ServiceCIDRs", &event);
                 match event {
-                    Ok(event) => self.service_cidr(&event),
+                    Ok(event) => self.service_cidr(event),
                     Err(error) => self.without_service_cidrs |= is_missing(&error),
                 }
                 Vec::new()
@@ -92,58 +104,62 @@ impl Feed {
         }
     }
 
-    /// The store takes a list as a whole at its end, so nothing is to be done before.
-    fn service(&mut self, event: watcher::Event<core::Service>) -> Vec<ServiceName> {
+    fn service(&mut self, event: watcher::Event<Wire<core::Service>>) -> Vec<ServiceName> {
+        self.store.apply_watcher_event(&known(&event));
         match event {
             watcher::Event::Init => self.services.begin(),
-            watcher::Event::InitApply(object) => self.services.list(lower::service_name(&object)),
+            watcher::Event::InitApply(object) => {
+                self.context.set_service(&object.name, object.lowered);
+                self.services.list(object.name);
+            }
+            // The store takes a list as a whole at its end, so nothing is reconciled before.
             watcher::Event::InitDone => {
                 let vanished = self.services.end();
+                for name in &vanished {
+                    self.context.set_service(name, None);
+                }
                 return self.services.known().cloned().chain(vanished).collect();
             }
             watcher::Event::Apply(object) => {
-                let name = lower::service_name(&object);
-                self.services.apply(name.clone());
-                return vec![name];
+                self.context.set_service(&object.name, object.lowered);
+                self.services.apply(object.name.clone());
+                return vec![object.name];
             }
             watcher::Event::Delete(object) => {
-                let name = lower::service_name(&object);
-                self.services.delete(&name);
-                return vec![name];
+                self.context.set_service(&object.name, None);
+                self.services.delete(&object.name);
+                return vec![object.name];
             }
         }
         Vec::new()
     }
 
-    fn slice(&mut self, event: &watcher::Event<discovery::EndpointSlice>) -> Vec<ServiceName> {
+    fn slice(&mut self, event: watcher::Event<Wire<discovery::EndpointSlice>>) -> Vec<ServiceName> {
         match event {
             watcher::Event::Init => {
                 self.slices.begin();
                 Vec::new()
             }
             watcher::Event::InitApply(object) => {
-                let name = lower::slice_name(object);
-                self.slices.list(name.clone());
-                self.context.set_slice(&name, lower::slice(object))
+                self.slices.list(object.name.clone());
+                self.context.set_slice(&object.name, object.lowered)
             }
             watcher::Event::InitDone => {
                 let vanished = self.slices.end();
                 vanished.iter().flat_map(|name| self.context.set_slice(name, None)).collect()
             }
             watcher::Event::Apply(object) => {
-                let name = lower::slice_name(object);
-                self.slices.apply(name.clone());
-                self.context.set_slice(&name, lower::slice(object))
+                self.slices.apply(object.name.clone());
+                self.context.set_slice(&object.name, object.lowered)
             }
             watcher::Event::Delete(object) => {
-                let name = lower::slice_name(object);
-                self.slices.delete(&name);
-                self.context.set_slice(&name, None)
+                self.slices.delete(&object.name);
+                self.context.set_slice(&object.name, None)
             }
         }
     }
 
-    fn node(&mut self, event: &watcher::Event<core::Node>) -> Vec<ServiceName> {
+    fn node(&mut self, event: watcher::Event<Wire<core::Node>>) -> Vec<ServiceName> {
         match event {
             watcher::Event::Init => {
                 self.node.begin();
@@ -151,13 +167,13 @@ impl Feed {
             }
             watcher::Event::InitApply(object) => {
                 self.node.list(());
-                self.set_node(lower::node(object))
+                self.set_node(object.lowered)
             }
             watcher::Event::InitDone if self.node.end().is_empty() => Vec::new(),
             watcher::Event::InitDone => self.set_node(Node::default()),
             watcher::Event::Apply(object) => {
                 self.node.apply(());
-                self.set_node(lower::node(object))
+                self.set_node(object.lowered)
             }
             watcher::Event::Delete(_) => {
                 self.node.delete(&());
@@ -172,39 +188,31 @@ impl Feed {
         touched
     }
 
-    fn service_cidr(&mut self, event: &watcher::Event<networking::ServiceCIDR>) {
+    fn service_cidr(&mut self, event: watcher::Event<Wire<networking::ServiceCIDR>>) {
         match event {
             watcher::Event::Init => self.service_cidrs.begin(),
             watcher::Event::InitApply(object) => {
-                self.service_cidrs.list(lower::service_cidr_name(object));
-                self.set_service_cidr(object);
+                self.set_service_cidr(&object.name, Some(object.lowered));
+                self.service_cidrs.list(object.name);
             }
             watcher::Event::InitDone => {
                 for name in self.service_cidrs.end() {
-                    self.delete_service_cidr(&name);
+                    self.set_service_cidr(&name, None);
                 }
             }
             watcher::Event::Apply(object) => {
-                self.service_cidrs.apply(lower::service_cidr_name(object));
-                self.set_service_cidr(object);
+                self.set_service_cidr(&object.name, Some(object.lowered));
+                self.service_cidrs.apply(object.name);
             }
             watcher::Event::Delete(object) => {
-                let name = lower::service_cidr_name(object);
-                self.service_cidrs.delete(&name);
-                self.delete_service_cidr(&name);
+                self.service_cidrs.delete(&object.name);
+                self.set_service_cidr(&object.name, None);
             }
         }
     }
 
-    fn set_service_cidr(&self, object: &networking::ServiceCIDR) {
-        let (name, cidr) = (lower::service_cidr_name(object), lower::service_cidr(object));
-        if let Some(context) = self.context.set_service_cidr(&name, Some(cidr)) {
-            self.serve(context);
-        }
-    }
-
-    fn delete_service_cidr(&self, name: &Arc<str>) {
-        if let Some(context) = self.context.set_service_cidr(name, None) {
+    fn set_service_cidr(&self, name: &Arc<str>, cidr: Option<ServiceCidr>) {
+        if let Some(context) = self.context.set_service_cidr(name, cidr) {
             self.serve(context);
         }
     }
@@ -228,43 +236,4 @@ fn is_missing(error: &watcher::Error) -> bool {
         _ => return false,
     };
     matches!(code, 403 | 404)
-}
-
-/// Takes out of a Service what nobody reads, before it is stored.
-pub(super) fn prune(object: &mut core::Service) {
-    let metadata = &mut object.metadata;
-    metadata.managed_fields = None;
-    // The watcher has read it; the store keeps it once more in its key.
-    metadata.resource_version = None;
-    metadata.uid = None;
-    metadata.owner_references = None;
-    metadata.finalizers = None;
-    if let Some(annotations) = &mut metadata.annotations {
-        annotations.retain(|key, _| lower::is_ours(key));
-    }
-    if let Some(labels) = &mut metadata.labels {
-        labels.retain(|key, _| key == lower::OTHER_PROXY_LABEL);
-    }
-    if let Some(spec) = &mut object.spec {
-        spec.selector = None;
-        spec.ip_family_policy = None;
-        if spec.cluster_ips.as_ref().is_some_and(|all| !all.is_empty()) {
-            spec.cluster_ip = None;
-        }
-        if spec.ip_families.as_ref().is_some_and(|all| all.len() < 2) {
-            spec.ip_families = None;
-        }
-        // What the API server fills in where nobody has said anything.
-        spec.type_.take_if(|kind| kind == "ClusterIP");
-        spec.session_affinity.take_if(|affinity| affinity == "None");
-        spec.internal_traffic_policy.take_if(|policy| policy == "Cluster");
-        for port in spec.ports.iter_mut().flatten() {
-            port.protocol.take_if(|protocol| protocol == "TCP");
-            port.target_port = None;
-            port.app_protocol = None;
-        }
-    }
-    if let Some(status) = &mut object.status {
-        status.conditions = None;
-    }
 }

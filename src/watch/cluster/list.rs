@@ -9,7 +9,7 @@ use serde::de::DeserializeOwned;
 
 use super::Error;
 use super::wire::Wire;
-use crate::watch::{Index, Options, lower};
+use crate::watch::{Index, Options};
 
 /// How many objects the API server is asked for at a time.
 const PAGE: u32 = 500;
@@ -23,26 +23,26 @@ const ATTEMPTS: usize = 3;
 /// When one of the lists fails.
 pub async fn load(client: Client, options: &Options) -> Result<Index, Error> {
     let mut index = Index::new(options);
-    let slices: Api<discovery::EndpointSlice> = Api::all(client.clone());
+    let slices: Api<Wire<discovery::EndpointSlice>> = Api::all(client.clone());
     let services: Api<Wire<core::Service>> = Api::all(client.clone());
-    let nodes: Api<core::Node> = Api::all(client.clone());
+    let nodes: Api<Wire<core::Node>> = Api::all(client.clone());
     let service_cidrs: Api<Wire<networking::ServiceCIDR>> = Api::all(client);
     let failed = |what| move |source| Error::List { what, source: Box::new(source) };
     for slice in all(&slices, &super::slices()).await.map_err(failed("EndpointSlices"))? {
-        index.set_slice(&lower::slice_name(&slice), lower::slice(&slice));
+        index.set_slice(&slice.name, slice.lowered);
     }
-    for Wire(service) in all(&services, &super::services()).await.map_err(failed("Services"))? {
-        index.set_service(&lower::service_name(&service), lower::service(&service));
+    for service in all(&services, &super::services()).await.map_err(failed("Services"))? {
+        index.set_service(&service.name, service.lowered);
     }
     let node = nodes.get_opt(&options.node_name).await.map_err(failed("the Node"))?;
-    index.set_node(node.as_ref().map(lower::node).unwrap_or_default());
+    index.set_node(node.map(|node| node.lowered).unwrap_or_default());
     let listed = match all(&service_cidrs, "").await {
         // Before Kubernetes 1.33 there are none, and not every account may list them.
         Err(kube::Error::Api(status)) if matches!(status.code, 403 | 404) => Vec::new(),
         listed => listed.map_err(failed("ServiceCIDRs"))?,
     };
-    for Wire(cidr) in listed {
-        index.set_service_cidr(&lower::service_cidr_name(&cidr), Some(lower::service_cidr(&cidr)));
+    for cidr in listed {
+        index.set_service_cidr(&cidr.name, Some(cidr.lowered));
     }
     Ok(index)
 }

@@ -7,17 +7,24 @@
 //!
 //! What `kube_runtime` 5.0 does, and what is made of it:
 //! - An object that is gone reaches the Controller's results as `ObjectNotFound`, never the
-//!   reconciler. Both do the same here: they bring the kernel to what the store holds *now*, so
+//!   reconciler. Both do the same here: they bring the kernel to what the index holds *now*, so
 //!   it does not matter in which order a deletion and a new object of that name are seen.
 //! - An object that vanishes while its watch is disconnected is missing in the next list, without
 //!   a word. `Relist` finds it, from the watchers' raw events.
 //! - An object that gets a label which a selector excludes appears as deleted, as it should.
-//! - An object that cannot be read ends its list, and its events in a watch are lost. `Wire` reads
-//!   no more than is needed.
-//! - Slices are lowered as they come; only Services, pruned, stay in a store.
+//! - An object that cannot be read ends its list, and its events in a watch are lost. So reading a
+//!   `Wire` never fails.
+//! - The Controller reconciles what a store holds. This one holds names; all else is lowered as it
+//!   is read.
+//! - A watcher does nothing unless it is polled: it asks for the next page of a list when somebody
+//!   waits for it, and not while others are read. Here each has a task of its own.
+//! - It asks for streamed lists (`sendInitialEvents`) with `resourceVersion=0`, which lets the API
+//!   server answer with what was true some time ago. Paged lists ask for what is true now.
 
 mod events;
 mod feed;
+mod form;
+mod known;
 mod list;
 mod outage;
 mod reconcile;
@@ -26,23 +33,25 @@ mod wire;
 
 use std::sync::Arc;
 
-use futures::stream::{self, BoxStream, StreamExt};
+use futures::stream::{self, BoxStream, Stream, StreamExt};
 use k8s_openapi::api::core::v1 as core;
 use kube::api::ListParams;
 use kube::runtime::controller::{Controller, Error as ControllerError};
-use kube::runtime::reflector::{self, Store};
-use kube::runtime::{WatchStreamExt, watcher};
+use kube::runtime::{reflector, watcher};
 use kube::{Api, Client};
 use thiserror::Error;
+use tokio::sync::mpsc;
+use tokio::task::JoinError;
 use tokio_util::sync::CancellationToken;
 
 use super::{Options, lower};
 use crate::commit::{CommitError, Committer};
 use crate::report::Reporter;
-use feed::{Event, Feed, prune};
+use feed::{Event, Feed, Told};
+use known::{named, reference};
 use outage::Outages;
-use reconcile::{Context, error_policy, named, reconcile, reference};
-use wire::{Wire, unwrapped};
+use reconcile::{Context, error_policy, reconcile};
+use wire::{Kind, Wire};
 
 pub use events::publish;
 pub use list::load;
@@ -86,35 +95,70 @@ pub async fn run(
         let (outages, one) = (Arc::clone(&outages), ListParams::default().limit(1));
         async move { outages.probe(async || services.list(&one).await.is_ok()).await }
     };
-    let (store, events) = watch(client, options, &outages);
-    let served = serve(store, events, outages, options, committer, reporter, shutdown);
+    let events = watch(&client, options, &outages);
+    let served = serve(events, outages, options, committer, reporter, shutdown);
     tokio::select! {
         served = served => served,
         never = probe => match never {},
     }
 }
 
-/// Everything that the API server tells, and the Services that it has told of.
-fn watch(
-    client: Client,
-    options: &Options,
-    outages: &Arc<Outages>,
-) -> (Store<core::Service>, BoxStream<'static, Event>) {
-    let (store, writer) = reflector::store();
+/// Everything that the API server tells.
+fn watch(client: &Client, options: &Options, outages: &Arc<Outages>) -> BoxStream<'static, Event> {
     let selected = watcher::Config::default;
-    let services = watcher(Api::all(client.clone()), selected().labels(&services()));
-    let services = outages.pausing(unwrapped(services)).modify(prune).reflect(writer);
-    let slices = watcher(Api::all(client.clone()), selected().labels(&slices()));
     let own = format!("metadata.name={}", options.node_name);
-    let node = watcher(Api::all(client.clone()), selected().fields(&own));
-    let service_cidrs = watcher(Api::all(client), selected());
     let events = [
-        services.map(Event::Service).boxed(),
-        outages.pausing(slices).map(Event::Slice).boxed(),
-        outages.pausing(node).map(Event::Node).boxed(),
-        outages.pausing(unwrapped(service_cidrs)).map(Event::ServiceCidr).boxed(),
+        told(client, selected().labels(&services()), outages, Event::Service),
+        told(client, selected().labels(&slices()), outages, Event::Slice),
+        told(client, selected().fields(&own), outages, Event::Node),
+        told(client, selected(), outages, Event::ServiceCidr),
     ];
-    (store, stream::select_all(events).boxed())
+    stream::select_all(events).boxed()
+}
+
+/// What the API server tells of the objects of a kind.
+fn told<K>(
+    client: &Client,
+    selected: watcher::Config,
+    outages: &Arc<Outages>,
+    event: fn(Told<K>) -> Event,
+) -> BoxStream<'static, Event>
+where
+    K: Kind + Clone + std::fmt::Debug + Send + Sync + 'static,
+{
+    let objects: Api<Wire<K>> = Api::all(client.clone());
+    let told = outages.pausing(watcher(objects, selected));
+    ahead(told.map(event)).boxed()
+}
+
+/// How many events of a watcher may wait to be taken: a page of its list.
+const AHEAD: usize = 500;
+
+/// The same, polled by a task of its own until nobody listens any more.
+fn ahead<T: Send + 'static>(
+    mut events: impl Stream<Item = T> + Send + Unpin + 'static,
+) -> impl Stream<Item = T> + Send {
+    let (sender, receiver) = mpsc::channel(AHEAD);
+    let task = tokio::spawn(async move {
+        loop {
+            let event = tokio::select! {
+                () = sender.closed() => return,
+                event = events.next() => event,
+            };
+            let Some(event) = event else { return };
+            if sender.send(event).await.is_err() {
+                return;
+            }
+        }
+    });
+    stream::unfold((receiver, task), async |(mut receiver, task)| {
+        let Some(event) = receiver.recv().await else {
+            // A watcher that panicked must not look like one that has nothing to tell.
+            let panic = task.await.err().filter(JoinError::is_panic);
+            return panic.map(|panic| std::panic::resume_unwind(panic.into_panic()));
+        };
+        Some((event, (receiver, task)))
+    })
 }
 
 /// The label selector of Services: those of another proxy are not ours.
@@ -127,10 +171,8 @@ fn slices() -> String {
     format!("!{}", lower::HEADLESS_LABEL)
 }
 
-/// Serves what `events` tell. `store` holds the Services of the events that were taken from the
-/// stream.
+/// Serves what `events` tell.
 async fn serve(
-    store: Store<core::Service>,
     mut events: BoxStream<'static, Event>,
     outages: Arc<Outages>,
     options: &Options,
@@ -138,8 +180,9 @@ async fn serve(
     reporter: Reporter,
     shutdown: CancellationToken,
 ) -> Result<(), Error> {
-    let context = Arc::new(Context::new(options, store.clone(), committer.clone()));
-    let mut feed = Feed::new(Arc::clone(&context), outages, reporter.clone());
+    let context = Arc::new(Context::new(options, committer.clone()));
+    let (store, writer) = reflector::store();
+    let mut feed = Feed::new(writer, Arc::clone(&context), outages, reporter.clone());
     while !feed.is_complete() {
         tokio::select! {
             () = shutdown.cancelled() => return Ok(()),

@@ -1,19 +1,19 @@
-//! From what the store and the index hold to the kernel, one Service at a time.
+//! From what the index holds to the kernel, one Service at a time.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
-use k8s_openapi::api::core::v1 as core;
-use kube::api::DynamicObject;
 use kube::runtime::controller::Action;
-use kube::runtime::reflector::{ObjectRef, Store};
 
+use super::known::Known;
 use crate::commit::{Change, CommitError, Committer};
-use crate::model::{EndpointSlice, Node, NodeContext, ServiceCidr, ServiceName, SliceName};
+use crate::model::{
+    EndpointSlice, Node, NodeContext, Service, ServiceCidr, ServiceName, SliceName,
+};
 use crate::plan::ServicePlan;
-use crate::watch::{Index, Options, lower};
+use crate::watch::{Index, Options};
 
 /// The pause before a Service that the kernel refused is tried for the first time again.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
@@ -23,7 +23,6 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(5 * 60);
 
 /// What all reconciles share.
 pub(super) struct Context {
-    store: Store<core::Service>,
     committer: Committer,
     state: Mutex<State>,
 }
@@ -38,15 +37,19 @@ struct State {
 }
 
 impl Context {
-    /// Nothing is known yet but what `store` will hold.
-    pub(super) fn new(
-        options: &Options,
-        store: Store<core::Service>,
-        committer: Committer,
-    ) -> Context {
+    /// Nothing is known yet.
+    pub(super) fn new(options: &Options, committer: Committer) -> Context {
         let index = Index::new(options);
         let state = State { index, unsettled: HashSet::new(), pauses: HashMap::new() };
-        Context { store, committer, state: Mutex::new(state) }
+        Context { committer, state: Mutex::new(state) }
+    }
+
+    /// Takes a Service, or that it is gone or none of this proxy's business.
+    pub(super) fn set_service(&self, name: &ServiceName, service: Option<Service>) {
+        let mut state = self.state();
+        if state.index.set_service(name, service) {
+            state.unsettled.insert(name.clone());
+        }
     }
 
     /// Takes a slice, or that it is gone. Gives the Services that are to be reconciled.
@@ -87,20 +90,16 @@ impl Context {
         drop(self.committer.commit(Change::Node(node)));
     }
 
-    /// What is to be adopted: everything in the store and in the index.
+    /// What is to be adopted: everything in the index.
     pub(super) fn everything(&self) -> (NodeContext, Vec<Arc<ServicePlan>>) {
         let mut state = self.state();
-        for object in self.store.state() {
-            let name = lower::service_name(&object);
-            state.index.set_service(&name, lower::service(&object));
-        }
         state.unsettled.clear();
         (state.index.context().clone(), state.index.plans().map(Arc::new).collect())
     }
 
-    /// Brings the kernel to what the store and the index hold of a Service, be that nothing.
+    /// Brings the kernel to what the index holds of a Service, be that nothing.
     ///
-    /// Reading the store and handing over the change is one step under the lock, so whoever comes
+    /// Reading the index and handing over the change is one step under the lock, so whoever comes
     /// last hands over what is newest, in whatever order events are handled.
     pub(super) async fn sync(&self, service: &ServiceName) -> Result<(), CommitError> {
         let Some(committed) = self.hand_over(service) else { return Ok(()) };
@@ -121,11 +120,7 @@ impl Context {
         service: &ServiceName,
     ) -> Option<impl Future<Output = Result<(), CommitError>> + Send + use<>> {
         let mut state = self.state();
-        let object = self.store.get(&reference(service));
-        let lowered = object.and_then(|object| lower::service(&object));
-        let changed = state.index.set_service(service, lowered);
-        let unsettled = state.unsettled.remove(service);
-        if !changed && !unsettled {
+        if !state.unsettled.remove(service) {
             return None;
         }
         let plan = state.index.plan(service);
@@ -153,31 +148,17 @@ impl Context {
 }
 
 /// Brings the kernel to what is known of a Service. What the Controller hands over is not looked
-/// at: the store may hold something newer.
+/// at: the index may hold something newer.
 pub(super) async fn reconcile(
-    object: Arc<core::Service>,
+    object: Arc<Known>,
     context: Arc<Context>,
 ) -> Result<Action, CommitError> {
-    context.sync(&lower::service_name(&object)).await?;
+    context.sync(object.name()).await?;
     Ok(Action::await_change())
 }
 
 /// When to try again what the kernel refused.
 #[allow(clippy::needless_pass_by_value)] // as `Controller::run` asks for it
-pub(super) fn error_policy(
-    object: Arc<core::Service>,
-    _: &CommitError,
-    context: Arc<Context>,
-) -> Action {
-    Action::requeue(context.pause(lower::service_name(&object)))
-}
-
-/// How the store calls a Service.
-pub(super) fn reference(service: &ServiceName) -> ObjectRef<core::Service> {
-    ObjectRef::new(&service.name).within(&service.namespace)
-}
-
-/// The Service that the Controller calls so.
-pub(super) fn named(reference: &ObjectRef<DynamicObject>) -> ServiceName {
-    ServiceName::new(reference.namespace.clone().unwrap_or_default(), reference.name.clone())
+pub(super) fn error_policy(object: Arc<Known>, _: &CommitError, context: Arc<Context>) -> Action {
+    Action::requeue(context.pause(object.name().clone()))
 }

@@ -16,7 +16,6 @@ use crate::watch::testing::{Kernel, PATIENCE, until};
 struct Cluster {
     kernel: Kernel,
     reporter: Reporter,
-    store: Store<core::Service>,
     events: UnboundedSender<Event>,
     shutdown: CancellationToken,
     served: JoinHandle<Result<(), Error>>,
@@ -28,26 +27,20 @@ impl Cluster {
         let (kernel, worker) = Kernel::new(&reporter)?;
         let (committer, _thread) = Committer::start(worker);
         let (events, told) = unbounded();
-        let (store, mut writer) = reflector::store();
-        let told = told.inspect(move |event| {
-            if let Event::Service(Ok(event)) = event {
-                writer.apply_watcher_event(event);
-            }
-        });
         let shutdown = CancellationToken::new();
-        let (store2, reporter2, shutdown2) = (store.clone(), reporter.clone(), shutdown.clone());
+        let (reporter2, shutdown2) = (reporter.clone(), shutdown.clone());
         let served = tokio::spawn(async move {
             let options = Options::new("worker".into());
             let outages = Arc::default();
-            serve(store2, told.boxed(), outages, &options, committer, reporter2, shutdown2).await
+            serve(told.boxed(), outages, &options, committer, reporter2, shutdown2).await
         });
-        Some(Cluster { kernel, reporter, store, events, shutdown, served })
+        Some(Cluster { kernel, reporter, events, shutdown, served })
     }
 
     /// A cluster whose lists are complete and that is served.
     async fn listed(
-        services: &[core::Service],
-        slices: &[discovery::EndpointSlice],
+        services: &[Wire<core::Service>],
+        slices: &[Wire<discovery::EndpointSlice>],
     ) -> Option<Cluster> {
         let cluster = Cluster::new()?;
         cluster.list(Event::Service, services);
@@ -58,11 +51,11 @@ impl Cluster {
         Some(cluster)
     }
 
-    fn tell<K>(&self, wrap: fn(watcher::Result<Watched<K>>) -> Event, event: Watched<K>) {
+    fn tell<K: Kind>(&self, wrap: fn(Told<K>) -> Event, event: Watched<Wire<K>>) {
         self.events.unbounded_send(wrap(Ok(event))).expect("somebody listens");
     }
 
-    fn list<K: Clone>(&self, wrap: fn(watcher::Result<Watched<K>>) -> Event, objects: &[K]) {
+    fn list<K: Kind + Clone>(&self, wrap: fn(Told<K>) -> Event, objects: &[Wire<K>]) {
         self.tell(wrap, Watched::Init);
         for object in objects {
             self.tell(wrap, Watched::InitApply(object.clone()));
@@ -82,28 +75,28 @@ impl Cluster {
     }
 }
 
-fn service(name: &str, ip: &str) -> core::Service {
-    serde_json::from_value(json!({"metadata": {"name": name, "namespace": "default"},
-        "spec": {"clusterIP": ip, "ports": [{"port": 80}]}}))
-    .expect("a Service")
+fn read<K: Kind>(object: &serde_json::Value) -> Wire<K> {
+    serde_json::from_str(&object.to_string()).expect("an object with metadata")
 }
 
-fn slice(name: &str, service: &str, address: &str) -> discovery::EndpointSlice {
-    serde_json::from_value(json!({"metadata": {"name": name, "namespace": "default",
+fn service(name: &str, ip: &str) -> Wire<core::Service> {
+    read(&json!({"metadata": {"name": name, "namespace": "default"},
+        "spec": {"clusterIP": ip, "ports": [{"port": 80}]}}))
+}
+
+fn slice(name: &str, service: &str, address: &str) -> Wire<discovery::EndpointSlice> {
+    read(&json!({"metadata": {"name": name, "namespace": "default",
             "labels": {"kubernetes.io/service-name": service}}, "addressType": "IPv4",
         "ports": [{"port": 8080}], "endpoints": [{"addresses": [address]}]}))
-    .expect("an EndpointSlice")
 }
 
-fn node(address: &str) -> core::Node {
-    serde_json::from_value(json!({"metadata": {"name": "worker"},
+fn node(address: &str) -> Wire<core::Node> {
+    read(&json!({"metadata": {"name": "worker"},
         "status": {"addresses": [{"type": "InternalIP", "address": address}]}}))
-    .expect("a Node")
 }
 
-fn service_cidr(name: &str, cidrs: &[&str]) -> networking::ServiceCIDR {
-    serde_json::from_value(json!({"metadata": {"name": name}, "spec": {"cidrs": cidrs}}))
-        .expect("a ServiceCIDR")
+fn service_cidr(name: &str, cidrs: &[&str]) -> Wire<networking::ServiceCIDR> {
+    read(&json!({"metadata": {"name": name}, "spec": {"cidrs": cidrs}}))
 }
 
 const A: &str = "10.96.0.1";
@@ -117,7 +110,7 @@ async fn nothing_is_committed_before_every_list_is_complete() {
     cluster.tell(Event::Service, Watched::Apply(service("b", B)));
     cluster.tell(Event::Node, Watched::Init);
     // What was told has been heard.
-    until("two Services", 2, || cluster.store.len()).await;
+    until("heard", 0, || cluster.events.len()).await;
     tokio::task::yield_now().await;
     assert_eq!(cluster.reporter.adoption(), None);
     assert_eq!(cluster.kernel.services(), [""; 0]);
@@ -293,33 +286,46 @@ async fn many_services_at_once() {
     cluster.end().await;
 }
 
-#[test]
-fn stored_services_are_pruned() {
-    let full = json!({
-        "metadata": {"name": "a", "namespace": "n", "uid": "u", "creationTimestamp": "2026-01-01T00:00:00Z",
-            "labels": {"app": "x"}, "managedFields": [{"manager": "m"}],
-            "annotations": {"portcullis.dev/allowed-source-cidrs": "10.0.0.0/8",
-                "kubectl.kubernetes.io/last-applied-configuration": "{}"}},
-        "spec": {"clusterIP": A, "type": "NodePort", "selector": {"app": "x"},
-            "clusterIPs": [A], "ipFamilies": ["IPv4"], "ipFamilyPolicy": "SingleStack",
-            "sessionAffinity": "None", "internalTrafficPolicy": "Cluster",
-            "externalTrafficPolicy": "Local",
-            "ports": [{"port": 80, "protocol": "TCP", "nodePort": 30080, "targetPort": "http"}]},
-        "status": {"loadBalancer": {"ingress": [{"ip": "192.0.2.1"}]}, "conditions": []},
-    });
-    let full: core::Service = serde_json::from_value(full).unwrap();
-    let mut pruned = full.clone();
-    prune(&mut pruned);
-    let text = serde_json::to_string(&pruned).unwrap();
-    for gone in
-        ["managedFields", "selector", "last-applied", "\"app\"", "IPv4", "None", "targetPort"]
-    {
-        assert!(!text.contains(gone), "{gone}: {text}");
-    }
-    // Nothing is missed.
-    assert_eq!(lower::service(&pruned), lower::service(&full));
-    let mut other = full;
-    other.metadata.labels = Some([(lower::OTHER_PROXY_LABEL.to_owned(), String::new())].into());
-    prune(&mut other);
-    assert_eq!(lower::service(&other), None);
+#[tokio::test]
+async fn what_cannot_be_read_disturbs_nobody() {
+    let odd_service = || {
+        read::<core::Service>(&json!({"metadata": {"name": "b", "namespace": "default"},
+            "spec": {"clusterIP": B, "ports": [{"port": "http"}]}}))
+    };
+    let odd_slice = || {
+        read::<discovery::EndpointSlice>(
+            &json!({"metadata": {"name": "a-1", "namespace": "default",
+            "labels": {"kubernetes.io/service-name": "a"}}, "addressType": 4}),
+        )
+    };
+    let says = |cluster: &Cluster| {
+        let all = cluster.reporter.diagnostics();
+        let unread = all.iter().filter(|diagnostic| diagnostic.message.contains("cannot be read"));
+        unread.map(|diagnostic| diagnostic.field.clone()).collect::<Vec<_>>()
+    };
+    // In a list.
+    let services = [service("a", A), odd_service()];
+    let slices = [odd_slice(), slice("a-2", "a", "10.0.0.2")];
+    let Some(mut cluster) = Cluster::listed(&services, &slices).await else { return };
+    cluster.services("adoption", &["default/a 10.96.0.1: 10.0.0.2"]).await;
+    until("both", ["spec.ports[0].port", "addressType"].map(str::to_owned).into(), || {
+        says(&cluster)
+    })
+    .await;
+    // Another version of it can be read.
+    cluster.tell(Event::Service, Watched::Apply(service("b", B)));
+    cluster.tell(Event::Slice, Watched::Apply(slice("a-1", "a", "10.0.0.1")));
+    let both = ["default/a 10.96.0.1: 10.0.0.1 10.0.0.2", "default/b 10.96.0.2:"];
+    cluster.services("read", &both).await;
+    until("nothing", Vec::new(), || says(&cluster)).await;
+    // In a watch.
+    cluster.tell(Event::Service, Watched::Apply(odd_service()));
+    cluster.tell(Event::Slice, Watched::Apply(odd_slice()));
+    cluster.services("unread", &["default/a 10.96.0.1: 10.0.0.2"]).await;
+    // It goes, and cannot be read then either.
+    cluster.tell(Event::Service, Watched::Delete(odd_service()));
+    cluster.tell(Event::Slice, Watched::Delete(odd_slice()));
+    until("nothing", Vec::new(), || says(&cluster)).await;
+    cluster.services("gone", &["default/a 10.96.0.1: 10.0.0.2"]).await;
+    cluster.end().await;
 }

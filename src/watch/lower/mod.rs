@@ -22,10 +22,10 @@ use crate::model::{Diagnostic, ObjectKind, ObjectRef, Protocol, Severity};
 
 pub(crate) use node::no_primary_addresses;
 pub use node::node;
-pub(crate) use service::{OTHER_PROXY_LABEL, is_ours};
+pub(crate) use service::OTHER_PROXY_LABEL;
 pub use service::{Relevance, SOURCES_ANNOTATION, relevance, service, service_name};
 pub use service_cidr::{service_cidr, service_cidr_name};
-pub(crate) use slice::HEADLESS_LABEL;
+pub(crate) use slice::{HEADLESS_LABEL, slice_owner};
 pub use slice::{slice, slice_name};
 
 /// Collects what is wrong with one object.

@@ -30,6 +30,12 @@ pub fn slice_name(object: &discovery::EndpointSlice) -> SliceName {
     SliceName { namespace: namespace(&object.metadata), name: name(&object.metadata) }
 }
 
+/// The name of the Service that a slice belongs to, if it belongs to one.
+pub(crate) fn slice_owner(object: &discovery::EndpointSlice) -> Option<&str> {
+    let owner = object.metadata.labels.as_ref()?.get(SERVICE_LABEL)?.as_str();
+    (!owner.is_empty()).then_some(owner)
+}
+
 /// Lowers a slice. `None` where it belongs to no Service, to a headless one, or holds host names
 /// (`addressType: FQDN`).
 pub fn slice(object: &discovery::EndpointSlice) -> Option<EndpointSlice> {
@@ -38,7 +44,7 @@ pub fn slice(object: &discovery::EndpointSlice) -> Option<EndpointSlice> {
     if label(HEADLESS_LABEL).is_some() || object.address_type == "FQDN" {
         return None;
     }
-    let service = label(SERVICE_LABEL).filter(|name| !name.is_empty())?;
+    let service = slice_owner(object)?;
     let name = slice_name(object);
     let mut findings = Findings::of(ObjectKind::EndpointSlice, &object.metadata);
     let family = match object.address_type.as_str() {
@@ -58,7 +64,7 @@ pub fn slice(object: &discovery::EndpointSlice) -> Option<EndpointSlice> {
         None => (Vec::new(), Vec::new()),
     };
     Some(EndpointSlice {
-        service: ServiceName::new(name.namespace.clone(), service.as_str()),
+        service: ServiceName::new(name.namespace.clone(), service),
         name,
         family: family.unwrap_or(Family::V4),
         ports,

@@ -269,7 +269,7 @@ fn sources(
 
 /// Whether an annotation is meant for this proxy. Case does not matter, because the API server
 /// accepts any.
-pub(crate) fn is_ours(annotation: &str) -> bool {
+fn is_ours(annotation: &str) -> bool {
     let prefix = annotation.as_bytes().get(..OUR_ANNOTATIONS.len());
     prefix.is_some_and(|prefix| prefix.eq_ignore_ascii_case(OUR_ANNOTATIONS.as_bytes()))
 }
