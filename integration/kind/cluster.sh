@@ -89,6 +89,16 @@ delete_cluster() {
     done
 }
 
+# For a trap: deletes the cluster unless it is to be kept.
+clean_up() {
+    if [[ -n ${KEEP:-} && -n $(members) ]]; then
+        say "the cluster stays; its kubeconfig is $KUBECONFIG. To delete it: make kind-delete"
+        return
+    fi
+    delete_cluster
+    rm -rf "$work"
+}
+
 # create ipv4|dual|...: a cluster without a network for Pods and without a proxy.
 create() {
     local family=ipv4 patches='' roles='{role: control-plane}' worker

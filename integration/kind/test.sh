@@ -57,15 +57,6 @@ checks_of() {
     echo "${!list:-}"
 }
 
-clean_up() {
-    if [[ -n ${KEEP:-} && -n $(members) ]]; then
-        say "the cluster stays; its kubeconfig is $KUBECONFIG. To delete it: make kind-delete"
-        return
-    fi
-    delete_cluster
-    rm -rf "$work"
-}
-
 # run CLUSTER: makes it, checks it and deletes it.
 run() {
     local cluster=$1 check failed=0 began
