@@ -69,6 +69,7 @@ prepare() {
     fi
     archive=$root/$(cd "$root" && image/build.sh)
     program=$(cd "$root" && image/compile.sh 2>/dev/null)
+    generator=$(cd "$root" && PROGRAM=portcullis-load image/compile.sh)
 }
 
 # members: the containers of the cluster.
