@@ -73,7 +73,7 @@ impl Report {
         (self.done + self.failed) * 1000 / millis
     }
 
-    fn count(&mut self, ended: Ended) {
+    fn count(&mut self, ended: &Ended) {
         match ended.result {
             Ok(()) => {
                 self.done += 1;
@@ -144,13 +144,13 @@ impl Load {
                     }
                 }
                 Some(ended) = open.join_next() => {
-                    report.count(ended.expect("a connection does not panic"));
+                    report.count(&ended.expect("a connection does not panic"));
                 }
             }
         }
         report.elapsed = began.elapsed();
         while let Some(ended) = open.join_next().await {
-            report.count(ended.expect("a connection does not panic"));
+            report.count(&ended.expect("a connection does not panic"));
         }
         report
     }
@@ -178,12 +178,12 @@ impl Load {
     ) -> impl Future<Output = Ended> + Send + 'static {
         let (ask, expect, limit) = (self.ask.clone(), self.expect.clone(), self.limit);
         async move {
-            let at = began.elapsed();
+            let (at, opened) = (began.elapsed(), Instant::now());
             let result = match timeout(limit, connection(source, target, &ask, &expect)).await {
                 Ok(result) => result,
                 Err(_) => Err(Failure::Late(limit)),
             };
-            Ended { at, took: began.elapsed() - at, source, target, result }
+            Ended { at, took: opened.elapsed(), source, target, result }
         }
     }
 }
