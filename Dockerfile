@@ -18,10 +18,12 @@ COPY image/compile.sh image/
 RUN image/compile.sh --install-cross "$TARGETARCH" && rm -rf /var/lib/apt/lists/*
 COPY Cargo.toml Cargo.lock README.md LICENSE ./
 COPY integration/Cargo.toml integration/
+COPY integration/load/Cargo.toml integration/load/
 COPY benches benches
 COPY src src
-# The workspace has a second member, which is not built.
-RUN mkdir integration/src && touch integration/src/lib.rs \
+# The workspace has other members, which are not built.
+RUN mkdir integration/src integration/load/src \
+    && touch integration/src/lib.rs integration/load/src/lib.rs \
     && mkdir /image \
     && cp "$(image/compile.sh "$TARGETARCH")" /image/portcullis \
     && cp LICENSE /image/LICENSE \

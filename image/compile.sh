@@ -6,6 +6,9 @@
 #                    and rustup, as root)
 #
 # Without an architecture it is that of this machine.
+#
+# environment:
+#   PROGRAM  another program of this workspace, which is called as its package is
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -59,7 +62,8 @@ flags=(-C target-feature=+crt-static
     --remap-path-prefix "$PWD=/src" --remap-path-prefix "${CARGO_HOME:-$HOME/.cargo}=/cargo")
 CARGO_ENCODED_RUSTFLAGS=$(IFS=$'\x1f' && printf '%s' "${flags[*]}")
 export CARGO_ENCODED_RUSTFLAGS CARGO_PROFILE_RELEASE_STRIP=symbols
+program=${PROGRAM:-portcullis}
 directory=${CARGO_TARGET_DIR:-$PWD/target}
 "${CARGO:-cargo}" build --locked --release --target "$target" --target-dir "$directory" \
-    --bin portcullis >&2
-echo "$directory/$target/release/portcullis"
+    --package "$program" --bin "$program" >&2
+echo "$directory/$target/release/$program"

@@ -16,36 +16,18 @@ controlplane=$here/../controlplane
 
 say() { printf '%s\n' "build.sh: $*" >&2; }
 
-retry() {
-    local try
-    for try in 1 2 3 4 5; do
-        "$@" && return
-        say "failed (attempt $try of 5): $*"
-        sleep $((try * 2))
-    done
-    return 1
-}
+# shellcheck source=/dev/null
+source "$here/../go.sh"
+# For go.sh:
+# shellcheck disable=SC2034
+readonly tags='no_aufs no_zfs no_btrfs no_devmapper'
 
-# compile BINARY MODULE PACKAGE [LINKER FLAGS]: it gets its name when it is complete.
-compile() {
-    local binary=$1 module=$2 package=$3 flags=${4:-} command=(build)
-    [[ $binary == *.test ]] && command=(test -c -vet=off)
-    [[ -x $directory/$binary ]] && return
-    say "building $binary"
-    (
-        cd "$module"
-        retry go list -mod=readonly -deps -test "$package" >/dev/null
-        CGO_ENABLED=0 go "${command[@]}" -mod=readonly -trimpath \
-            -tags 'no_aufs no_zfs no_btrfs no_devmapper' -ldflags "-s -w $flags" \
-            -o "$directory/.$binary" "$package"
-    ) >&2
-    mv "$directory/.$binary" "$directory/$binary"
-}
-
-command -v go >/dev/null || { say 'there is no go in PATH'; exit 1; }
 cache=${PORTCULLIS_KIND_DIR:-${XDG_CACHE_HOME:-${HOME:?}/.cache}/portcullis/kind}
+install_go=''
+[[ ${CI:-} != true ]] || install_go=yes
+find_go "${XDG_CACHE_HOME:-${HOME:?}/.cache}/portcullis" "$install_go" ''
 fingerprint=$(
-    cd "$here" && sha256sum build.sh pause.c ./*/*/go.mod ./*/*/go.sum ./*/*/*.go \
+    cd "$here" && sha256sum build.sh ../go.sh pause.c ./*/*/go.mod ./*/*/go.sum ./*/*/*.go \
         ../controlplane/*/go.mod ../controlplane/*/go.sum ../controlplane/*/*.go |
         sha256sum | cut -c 1-16
 )
@@ -54,32 +36,26 @@ mkdir -p "$directory"
 exec {lock}>"$directory/.lock"
 flock "$lock"
 
-kubernetes=$(cd "$controlplane/kubernetes" && go list -m -f '{{.Version}}' k8s.io/kubernetes)
-minor=${kubernetes#v1.}
-minor=${minor%%.*}
-# Without a stamp they call themselves v0.0.0-master, and refuse to work with each other.
-prefix=k8s.io/component-base/version
-stamp="-X $prefix.gitVersion=$kubernetes -X $prefix.gitMajor=1 -X $prefix.gitMinor=$minor"
-stamp+=" -X $prefix.gitTreeState=clean"
+stamp=$(stamp "$controlplane/kubernetes")
 for binary in kube-apiserver kube-controller-manager kube-scheduler kube-proxy kubeadm kubelet kubectl; do
-    compile "$binary" "$controlplane/kubernetes" "k8s.io/kubernetes/cmd/$binary" "$stamp"
+    compile "$directory" "$binary" "$controlplane/kubernetes" "k8s.io/kubernetes/cmd/$binary" "$stamp"
 done
-compile agnhost "$controlplane/kubernetes" k8s.io/kubernetes/test/images/agnhost
-compile etcd "$controlplane/etcd" .
-compile coredns "$here/go/coredns" .
+compile "$directory" agnhost "$controlplane/kubernetes" k8s.io/kubernetes/test/images/agnhost
+compile "$directory" etcd "$controlplane/etcd" .
+compile "$directory" coredns "$here/go/coredns" .
 containerd=github.com/containerd/containerd/v2
 version=$(cd "$here/go/containerd" && go list -m -f '{{.Version}}' $containerd)
 for binary in containerd containerd-shim-runc-v2 ctr; do
-    compile "$binary" "$here/go/containerd" "$containerd/cmd/$binary" \
+    compile "$directory" "$binary" "$here/go/containerd" "$containerd/cmd/$binary" \
         "-X $containerd/version.Version=$version"
 done
-compile crictl "$here/go/crictl" sigs.k8s.io/cri-tools/cmd/crictl
-compile kind "$here/go/kind" sigs.k8s.io/kind
+compile "$directory" crictl "$here/go/crictl" sigs.k8s.io/cri-tools/cmd/crictl
+compile "$directory" kind "$here/go/kind" sigs.k8s.io/kind
 [[ -x $directory/pause ]] || cc -Os -static -s -o "$directory/pause" "$here/pause.c"
 if [[ ${1:-} == e2e ]]; then
-    compile ginkgo "$controlplane/kubernetes" github.com/onsi/ginkgo/v2/ginkgo
-    compile e2e.test "$controlplane/kubernetes" k8s.io/kubernetes/test/e2e "$stamp"
-    compile regression-issue-74839 "$controlplane/kubernetes" \
+    compile "$directory" ginkgo "$controlplane/kubernetes" github.com/onsi/ginkgo/v2/ginkgo
+    compile "$directory" e2e.test "$controlplane/kubernetes" k8s.io/kubernetes/test/e2e "$stamp"
+    compile "$directory" regression-issue-74839 "$controlplane/kubernetes" \
         k8s.io/kubernetes/test/images/regression-issue-74839
 fi
 echo "$directory"

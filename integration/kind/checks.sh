@@ -3,8 +3,8 @@
 # with `check_`, as the table has it. A check passes if its function returns 0; what it puts into
 # `detail` stands in the table.
 #
-# From cluster.sh: kubectl, nodes, workers, control_plane, ALLOWED, REFUSED, program, ip NODE FAMILY,
-# eventually. From test.sh: families, work.
+# From cluster.sh: kubectl, nodes, workers, control_plane, ALLOWED, REFUSED, program, generator, ip
+# NODE FAMILY, eventually. From test.sh: families, work, RATE.
 # shellcheck disable=SC2154
 
 # A function of bash: asks over file descriptor 3, and reads the whole answer.
@@ -16,10 +16,13 @@ readonly ASK='ask() {
 }'
 
 # url ADDRESS PORT [PATH]
-url() {
+url() { echo "http://$(socket_address "$1" "$2")/${3:-hostname}"; }
+
+# socket_address ADDRESS PORT
+socket_address() {
     case $1 in
-        *:*) echo "http://[$1]:$2/${3:-hostname}" ;;
-        *) echo "http://$1:$2/${3:-hostname}" ;;
+        *:*) echo "[$1]:$2" ;;
+        *) echo "$1:$2" ;;
     esac
 }
 
@@ -304,8 +307,8 @@ refused() {
     ((code == 7))
 }
 
-# load CONTAINER NAME COMMAND...: runs a shell command in a loop until /run/stop is there, at most for
-# ten minutes, and prints how many times it succeeded and failed.
+# load CONTAINER COMMAND...: runs a command in a loop until /run/stop is there, at most for ten minutes,
+# and prints how many times it succeeded and failed.
 load() {
     local container=$1
     shift
@@ -315,6 +318,15 @@ load() {
             if "$@" >/dev/null 2>&1; then ((++well)); else ((++failed)); fi
         done
         echo "$well $failed"' bash "$@"
+}
+
+# connect_at CONTAINER CONNECTIONS-A-SECOND ADDRESS:PORT...: opens new connections at this rate until
+# /run/stop is there, and prints what integration/load says of them. What the container could not open is no
+# failure of the proxy, but this fails: then nothing is known.
+connect_at() {
+    local container=$1 number=$2
+    shift 2
+    docker exec "$container" /run/load --until /run/stop --rate "$number" "$@"
 }
 
 # hold CONTAINER HOST PORT: asks over one and the same connection until /run/stop is there, at most for ten
@@ -330,24 +342,31 @@ hold() {
         echo "$well 0"' bash "$2" "$3"
 }
 
-# under_load COMMAND...: runs it while clients connect, from outside to the node ports of both workers
-# and from a Pod to a ClusterIP; fails if one connection does, or one that was open before.
+# under_load COMMAND...: runs it while two clients outside open RATE connections a second to the node ports of
+# all nodes, and a Pod connects to a ClusterIP; fails if one connection does, or one that was open before.
+# The rate that the machine really reached is in `detail`.
 under_load() {
-    local name node pod container job jobs=() wells=0 faileds=0 held=0 lost=0 well failed code=0 family query
-    local curl=(curl --silent --globoff --fail --max-time 3)
+    local name node pod container job jobs=() code=0 family query targets=() all failed first
+    rm -f "$work"/{rate,failures,load,hold}-*
     for container in $ALLOWED $REFUSED $nodes; do
         docker exec "$container" rm -f /run/stop
     done
+    for family in $families; do
+        for node in $nodes; do
+            targets+=("$(socket_address "$(ip "$node" "$family")" 30080)")
+        done
+    done
+    for container in $ALLOWED $REFUSED; do
+        docker cp --quiet "$generator" "$container:/run/load"
+        connect_at "$container" $((RATE / 2)) "${targets[@]}" >"$work/rate-$container" 2>"$work/failures-$container" &
+        jobs+=($!)
+    done
     read -r name node pod < <(pods client)
     for family in $families; do
-        load "$ALLOWED" "${curl[@]}" "$(url "$(ip "${workers%% *}" "$family")" 30080)" >"$work/load-1-$family" &
-        jobs+=($!)
-        load "$REFUSED" "${curl[@]}" "$(url "$(ip "${workers##* }" "$family")" 30080)" >"$work/load-2-$family" &
-        jobs+=($!)
         query="host=$(cluster_ip web "$family")&port=80&protocol=http&request=hostname"
         # shellcheck disable=SC2016
         load "$node" bash -c 'curl --silent --globoff --fail --max-time 10 "$1" | grep -q responses' \
-            bash "$(url "$pod" 8080 "dial?$query")" >"$work/load-3-$family" &
+            bash "$(url "$pod" 8080 "dial?$query")" >"$work/load-$family" &
         jobs+=($!)
         hold "$ALLOWED" "$(ip "${workers%% *}" "$family")" 30080 >"$work/hold-$family" &
         jobs+=($!)
@@ -361,16 +380,20 @@ under_load() {
     for job in "${jobs[@]}"; do
         wait "$job" || code=1
     done
-    while read -r well failed; do
-        ((wells += well, faileds += failed)) || true
-    done < <(cat "$work"/load-*)
-    while read -r well failed; do
-        ((held += well, lost += failed)) || true
-    done < <(cat "$work"/hold-*)
-    rm -f "$work"/load-* "$work"/hold-*
-    detail="$wells connections, $faileds failed; $lost open ones lost, $held answers over them"
-    ((code == 0 && faileds == 0 && lost == 0 && wells > 100 && held > 10))
+    failed=$(sum 2 "$work"/rate-*)
+    all=$(($(sum 1 "$work"/rate-*) + failed))
+    first=$(cat "$work"/failures-* | head -n 1)
+    detail="$all connections at $(sum 3 "$work"/rate-*)/s, $failed failed${first:+ ($first)};"
+    detail+=" $(sum 4 "$work"/rate-*) took more than 0.9 s;"
+    detail+=" $(sum 1 "$work"/load-*) from a Pod, $(sum 2 "$work"/load-*) failed;"
+    detail+=" $(sum 2 "$work"/hold-*) open ones lost, $(sum 1 "$work"/hold-*) answers over them"
+    cat "$work"/failures-* >&2
+    ((code == 0 && all > 100 && $(sum 2 "$work"/{rate,load,hold}-*) == 0)) &&
+        (($(sum 1 "$work"/load-*) > 10 && $(sum 1 "$work"/hold-*) > 10))
 }
+
+# sum COLUMN FILE...
+sum() { awk -v column="$1" '{ sum += $column } END { print sum + 0 }' "${@:2}"; }
 
 rolling_update() {
     kubectl --namespace portcullis rollout restart daemonset portcullis >/dev/null

@@ -69,6 +69,7 @@ prepare() {
     fi
     archive=$root/$(cd "$root" && image/build.sh)
     program=$(cd "$root" && image/compile.sh 2>/dev/null)
+    generator=$(cd "$root" && PROGRAM=portcullis-load image/compile.sh)
 }
 
 # members: the containers of the cluster.
@@ -87,6 +88,16 @@ delete_cluster() {
     for container in $(members) "$ALLOWED" "$REFUSED"; do
         docker rm --force --volumes "$container" >/dev/null 2>&1 || true
     done
+}
+
+# For a trap: deletes the cluster unless it is to be kept.
+clean_up() {
+    if [[ -n ${KEEP:-} && -n $(members) ]]; then
+        say "the cluster stays; its kubeconfig is $KUBECONFIG. To delete it: make kind-delete"
+        return
+    fi
+    delete_cluster
+    rm -rf "$work"
 }
 
 # create ipv4|dual|...: a cluster without a network for Pods and without a proxy.

@@ -53,15 +53,6 @@ main() {
     exit "$code"
 }
 
-clean_up() {
-    if [[ -n ${KEEP:-} && -n $(members) ]]; then
-        say "the cluster stays; its kubeconfig is $KUBECONFIG. To delete it: make kind-delete"
-        return
-    fi
-    delete_cluster
-    rm -rf "$work"
-}
-
 set_up() {
     local archive_of_tests
     local kind_of="$CLUSTER $PROXY $nodes"

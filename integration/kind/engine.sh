@@ -6,6 +6,8 @@
 # usage: engine.sh COMMAND...
 #        engine.sh --end       ends an engine that was kept
 #
+# The exit code is that of the command, and 69 where this machine has no engine and cannot run one.
+#
 # environment:
 #   KEEP=1               an engine that was started for the command goes on after it
 #   PORTCULLIS_KIND_DIR  where everything of kind is kept (default: portcullis/kind in the cache)
@@ -14,6 +16,9 @@ set -euo pipefail
 cache=${PORTCULLIS_KIND_DIR:-${XDG_CACHE_HOME:-${HOME:?}/.cache}/portcullis/kind}
 directory=$cache/engine
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+# sysexits.h: EX_UNAVAILABLE
+readonly UNAVAILABLE=69
 
 # What the kubelets of a cluster set for the whole machine, and what is raised below. It is put back at
 # the end.
@@ -30,6 +35,11 @@ readonly WANTED=(fs.inotify.max_user_instances=1024
 
 say() { printf '%s\n' "engine.sh: $*" >&2; }
 
+unavailable() {
+    say "$*"
+    exit $UNAVAILABLE
+}
+
 main() {
     # One that was kept is used again.
     if kept; then
@@ -40,13 +50,12 @@ main() {
         exec "$@"
     fi
     if [[ $(id -u) != 0 ]]; then
-        say 'no container engine answers, and it takes root to start one'
-        exit 1
+        unavailable 'no container engine answers, and it takes root to start one'
     fi
     if ! command -v dockerd >/dev/null; then
-        say 'there is neither an engine that answers nor a dockerd to start (Debian: docker.io)'
-        exit 1
+        unavailable 'there is neither an engine that answers nor a dockerd to start (Debian: docker.io)'
     fi
+    unshare --net --mount true || unavailable 'namespaces for an engine cannot be made here'
     # Some settings are in the first network namespace alone.
     exec {outside}</proc/self/ns/net
     export outside
@@ -85,11 +94,12 @@ inside() {
     printf '%s\n' "$before" >"$directory/before"
     trap stop EXIT
     ip link set lo up
-    see_own_network
+    see_own_network || unavailable 'the file system of an engine cannot be set up here'
     start
-    raise
     # The command may set routes here.
     export DOCKER_HOST=unix://$directory/docker.sock OWN_NETWORK=1
+    runs || unavailable 'an engine starts here, but a privileged container does not run in it'
+    raise
     # A child, so that a signal to it ends it and not this.
     "$@" || code=$?
     if [[ -n ${KEEP:-} ]]; then
@@ -128,11 +138,11 @@ raise() {
 # /sys shows the network that it was mounted in.
 see_own_network() {
     local groups=$directory/cgroup
-    mkdir -p "$groups"
-    mount --rbind /sys/fs/cgroup "$groups"
-    mount -t sysfs sysfs /sys
-    mount --rbind "$groups" /sys/fs/cgroup
-    umount --lazy "$groups"
+    mkdir -p "$groups" &&
+        mount --rbind /sys/fs/cgroup "$groups" &&
+        mount -t sysfs sysfs /sys &&
+        mount --rbind "$groups" /sys/fs/cgroup &&
+        umount --lazy "$groups"
 }
 
 start() {
@@ -154,9 +164,18 @@ start() {
         kill -0 "$engine" 2>/dev/null || break
         sleep 0.5
     done
-    say 'the engine does not start:'
     tail -n 20 "$directory/log" >&2
-    exit 1
+    unavailable 'the engine does not start'
+}
+
+# Whether it runs a privileged container, as the nodes of a cluster are. The smallest there is.
+runs() {
+    local image container
+    cc -Os -static -s -o "$directory/pause" "$here/pause.c" &&
+        image=$(tar -C "$directory" -c pause | docker import --change 'ENTRYPOINT ["/pause"]' -) &&
+        container=$(docker run --detach --privileged "$image") &&
+        docker rm --force "$container" >/dev/null &&
+        docker rmi "$image" >/dev/null
 }
 
 stop() {

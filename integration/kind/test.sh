@@ -10,7 +10,8 @@
 #
 # environment:
 #   KEEP=1               the last cluster stays, and so does an engine that was started for it
-#   ONLY=NAME            runs the checks whose names contain NAME
+#   ONLY="NAME..."       runs the checks whose names contain one of these
+#   RATE=2000            so many new connections a second, while the proxy is replaced or killed
 #   and those of cluster.sh
 # What checks.sh uses, what comes from cluster.sh, and what is called by its name alone:
 # shellcheck disable=SC2034,SC2154,SC2317
@@ -29,6 +30,7 @@ readonly SERVING='cluster_ip_from_pods cluster_ip_from_nodes hairpin node_port_f
 readonly CHECKS_ipv4="$SERVING rolling_update killed api_server_away node_away audit"
 readonly CHECKS_dual="$SERVING rolling_update killed audit"
 readonly CHECKS_takeover="takeover $SERVING"
+readonly RATE=${RATE:-2000}
 
 main() {
     local cluster failed=0
@@ -57,15 +59,6 @@ checks_of() {
     echo "${!list:-}"
 }
 
-clean_up() {
-    if [[ -n ${KEEP:-} && -n $(members) ]]; then
-        say "the cluster stays; its kubeconfig is $KUBECONFIG. To delete it: make kind-delete"
-        return
-    fi
-    delete_cluster
-    rm -rf "$work"
-}
-
 # run CLUSTER: makes it, checks it and deletes it.
 run() {
     local cluster=$1 check failed=0 began
@@ -73,7 +66,7 @@ run() {
     [[ $cluster == ipv4 ]] || families='4 6'
     delete_cluster
     for check in create settle install $(checks_of "$cluster"); do
-        case $check in create | settle | install) ;; *${ONLY:-}*) ;; *) continue ;; esac
+        wanted "$check" || continue
         began=$(date +%s%N)
         # In the background, because in a condition the shell would not stop at the first failure.
         step "$cluster" "$check" >"$work/log" 2>&1 &
@@ -91,6 +84,15 @@ run() {
         delete_cluster
     fi
     return $failed
+}
+
+wanted() {
+    local name
+    case $1 in create | settle | install) return ;; esac
+    for name in ${ONLY:-"$1"}; do
+        [[ $1 != *$name* ]] || return 0
+    done
+    return 1
 }
 
 # step CLUSTER CHECK: what it says about itself is in the file `detail` afterwards.
