@@ -33,7 +33,7 @@ readonly CHECKS_takeover="takeover $SERVING"
 readonly RATE=${RATE:-2000}
 
 main() {
-    local cluster failed=0
+    local cluster code failed=0
     for cluster in "$@"; do
         [[ -n $(checks_of "$cluster") ]] || { say "no such cluster: $cluster"; exit 2; }
     done
@@ -47,7 +47,7 @@ main() {
     must_be_alone
     trap clean_up EXIT
     for cluster in "$@"; do
-        run "$cluster" || failed=1
+        run "$cluster" || { code=$?; ((failed == 1)) || failed=$code; }
     done
     table
     ((failed == 0)) || say "logs and rulesets of what failed are in $failures"
@@ -74,6 +74,8 @@ run() {
             record "$cluster" "$check" ok "$began"
         else
             failed=1
+            # Nothing of ours ran: sysexits.h, EX_UNAVAILABLE.
+            [[ $check == create ]] && failed=69
             record "$cluster" "$check" FAILED "$began"
             keep "$cluster" "$check"
             # Without a cluster there is nothing to check.
