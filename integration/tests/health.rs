@@ -261,7 +261,8 @@ fn idle_connections_keep_nobody_from_an_answer() -> Result<()> {
             ensure!(answer?.status == 200);
         }
     }
-    let closed = || descriptors().is_ok_and(|now| now <= before);
+    // Threads that were asked for the first time meanwhile have a netlink socket each.
+    let closed = || descriptors().is_ok_and(|now| now <= before + 2);
     ensure!(eventually(NOTICE, closed), "{before} descriptors, now {:?}", descriptors());
     Ok(())
 }
