@@ -105,8 +105,12 @@ fn change(
         }
         What::EndpointCount | What::EndpointCountAlone => {
             // With a Service's number of endpoints come and go its balancing chains, if nobody
-            // else has as many: a chain and its rule for each kind of frontend.
-            let chains = if job.what == What::EndpointCountAlone { frontends } else { 0 };
+            // else has as many: a chain and its rule for each kind of frontend. Those of so few
+            // endpoints are always there for ClusterIPs.
+            let chains = match job.what {
+                What::EndpointCountAlone => frontends - cluster.services[index].cluster_ips.len(),
+                _ => 0,
+            };
             // If it was the only one here: the list of those here is led to another chain, and
             // connections that find it empty are dropped.
             let alone_here = 4 * listed_here;

@@ -164,9 +164,9 @@ fn every_change_is_one_difference() {
             "a balancing chain without need",
             |t| {
                 let chain = t.chains["service4-over-2"].clone();
-                t.chains.insert("service4-over-3".into(), chain);
+                t.chains.insert("service4-over-9".into(), chain);
             },
-            &["unexpected chain service4-over-3"],
+            &["unexpected chain service4-over-9"],
         ),
         (
             "a chain gone, with its rules",

@@ -2,10 +2,13 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
+use std::ops::Range;
 
 use crate::model::{Backend, Family};
 use crate::netlink::{Data, ElementDump, Error, SetDump, Socket, TableDump, TableFlags, Verdict};
-use crate::ruleset::{Balancer, ElementKey, KeyBytes, LOCAL_SLOTS, SetName, TABLE, layout_comment};
+use crate::ruleset::{
+    Balancer, COMMON, ElementKey, KeyBytes, LOCAL_SLOTS, SetName, TABLE, layout_comment,
+};
 
 /// What a table holds, as the kernel lists it.
 #[derive(Debug)]
@@ -36,22 +39,28 @@ pub(super) fn list(socket: &mut Socket) -> Result<Option<Listing>, Error> {
     socket.at_one_moment(try_list)
 }
 
-/// Maps of endpoints, each with the maps that say what it holds.
-fn endpoint_maps() -> impl Iterator<Item = (Family, SetName, [SetName; 2])> {
-    Family::ALL.into_iter().flat_map(|f| {
-        [
-            (f, SetName::Endpoints(f), [SetName::ServiceIps(f), SetName::ClusterPolicy(f)]),
-            (
-                f,
-                SetName::NodePortEndpoints(f),
-                [SetName::NodePorts(f), SetName::NodePortClusterPolicy(f)],
-            ),
-        ]
-    })
+/// Maps of endpoints.
+fn endpoint_maps() -> impl Iterator<Item = (Family, SetName)> {
+    Family::ALL
+        .into_iter()
+        .flat_map(|f| [(f, SetName::Endpoints(f)), (f, SetName::NodePortEndpoints(f))])
+}
+
+/// The sets and maps that say which slots a map of endpoints has. Sets say it by themselves, maps by
+/// the chains that their elements lead to.
+fn indexes(family: Family, map: &SetName) -> Vec<(SetName, Option<Range<u32>>)> {
+    let maps = match map {
+        SetName::Endpoints(_) => [SetName::ServiceIps(family), SetName::ClusterPolicy(family)],
+        _ => [SetName::NodePorts(family), SetName::NodePortClusterPolicy(family)],
+    };
+    let maps = maps.into_iter().map(|map| (map, None));
+    let common = if matches!(map, SetName::Endpoints(_)) { COMMON } else { 0 };
+    let sets = (1..=common).map(|slots| (SetName::ServiceIpsOver(family, slots), Some(0..slots)));
+    maps.chain(sets).collect()
 }
 
 fn try_list(socket: &mut Socket) -> Result<Option<Listing>, Error> {
-    let maps: Vec<String> = endpoint_maps().map(|(_, map, _)| map.name().into_owned()).collect();
+    let maps: Vec<String> = endpoint_maps().map(|(_, map)| map.name().into_owned()).collect();
     let dynamic = SetName::fixed().into_iter().filter(SetName::is_dynamic);
     let dynamic: Vec<String> = dynamic.map(|set| set.name().into_owned()).collect();
     let left_out = |name: &str, set: &SetDump| {
@@ -63,11 +72,13 @@ fn try_list(socket: &mut Socket) -> Result<Option<Listing>, Error> {
     if !is_ours(&table) {
         return Ok(Some(Listing { table, endpoints }));
     }
-    for (family, map, index) in endpoint_maps() {
+    for (family, map) in endpoint_maps() {
         // Without a count it is listed already.
         let Some(count) = table.sets.get(&*map.name()).and_then(|set| set.count) else { continue };
-        let index: Vec<&SetDump> =
-            index.iter().filter_map(|index| table.sets.get(&*index.name())).collect();
+        let index: Vec<Index<'_>> = indexes(family, &map)
+            .into_iter()
+            .filter_map(|(set, slots)| Some((table.sets.get(&*set.name())?, slots)))
+            .collect();
         if let Some(read) = read_endpoints(socket, family, &map, &index, count as usize)? {
             endpoints.extend(read);
         } else if let Some(set) = table.sets.get_mut(&*map.name()) {
@@ -77,13 +88,16 @@ fn try_list(socket: &mut Socket) -> Result<Option<Listing>, Error> {
     Ok(Some(Listing { table, endpoints }))
 }
 
+/// A set or map of addresses, and the slots that each of them has if they are the same for all.
+type Index<'a> = (&'a SetDump, Option<Range<u32>>);
+
 /// The endpoints of every address that `index` leads to a balancing chain; `None` if `map` holds
 /// more than these, or less.
 fn read_endpoints(
     socket: &mut Socket,
     family: Family,
     map: &SetName,
-    index: &[&SetDump],
+    index: &[Index<'_>],
     count: usize,
 ) -> Result<Option<Endpoints>, Error> {
     let slots = |element: &ElementDump| match &element.data {
@@ -91,8 +105,9 @@ fn read_endpoints(
         _ => None,
     };
     let mut lists: BTreeMap<(&[u8], u32), u32> = BTreeMap::new();
-    for element in index.iter().flat_map(|index| &index.elements) {
-        let Some(slots) = slots(element) else { continue };
+    let all = index.iter().flat_map(|(set, slots)| set.elements.iter().map(move |e| (e, slots)));
+    for (element, of_set) in all {
+        let Some(slots) = of_set.clone().or_else(|| slots(element)) else { continue };
         let end = lists.entry((&element.key, slots.start)).or_insert(slots.end);
         if *end != slots.end {
             return Ok(None);

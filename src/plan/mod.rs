@@ -13,8 +13,6 @@ use std::net::IpAddr;
 use std::num::NonZeroU32;
 use std::sync::Arc;
 
-use ipnet::IpNet;
-
 use crate::model::{
     Backend, CidrSet, Diagnostic, Family, Protocol, Seniority, ServiceName, TrafficPolicy,
 };
@@ -194,14 +192,6 @@ impl Sources {
         match self {
             Sources::Allow(cidrs) => cidrs.contains(address),
             Sources::Closed => false,
-        }
-    }
-
-    /// The CIDRs of one family that may connect, disjoint and sorted.
-    pub fn of_family(&self, family: Family) -> Vec<IpNet> {
-        match self {
-            Sources::Allow(cidrs) => cidrs.of_family(family),
-            Sources::Closed => Vec::new(),
         }
     }
 }

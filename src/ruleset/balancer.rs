@@ -11,6 +11,13 @@ use crate::plan::Choice;
 /// where it has both.
 pub const LOCAL_SLOTS: u32 = 1 << 31;
 
+/// Up to so many endpoints, Services of the common kind stand in a set for each number of endpoints.
+///
+/// The kernel validates a map of verdicts as a whole, element by element, when one comes that leads to a
+/// chain. Sets lead nowhere, so changes of them cost the same in clusters of any size. Every new
+/// connection pays for it by looking into each of these sets until one has its destination.
+pub const COMMON: u32 = 8;
+
 /// By which kind of address a chain is reached, and what that means for who serves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Route {
@@ -88,6 +95,28 @@ impl Balancer {
         };
         let (route, family) = (self.route.name(), self.family.digit());
         format!("{route}{family}-over-{}{sticky}{choice}", self.endpoints)
+    }
+
+    /// The chains of the common kind: by ClusterIP, by chance, and over few endpoints. They are always
+    /// there.
+    pub(super) fn common(family: Family) -> impl Iterator<Item = Balancer> {
+        (1..=COMMON).map(move |endpoints| Balancer {
+            route: Route::Service,
+            family,
+            endpoints,
+            sticky: false,
+            choice: Choice::Random,
+        })
+    }
+
+    /// The set of the addresses that are led here, if this is one of [`Balancer::common`].
+    pub(super) fn set(self) -> Option<SetName> {
+        let Balancer { route, family, endpoints, sticky, choice } = self;
+        let is_common = route == Route::Service
+            && (1..=COMMON).contains(&endpoints)
+            && !sticky
+            && choice == Choice::Random;
+        is_common.then_some(SetName::ServiceIpsOver(family, endpoints))
     }
 
     /// The balancing chain with this name.

@@ -1,5 +1,6 @@
 //! The chains that are always there, and their rules.
 
+use super::balancer::Balancer;
 use super::rule::Selector::{
     self, DestinationAddress, DestinationPort, InputInterface, L4Proto, OriginalDestination,
     OriginalDestinationPort, SourceAddress,
@@ -65,6 +66,22 @@ pub const BASE_CHAINS: &[BaseChain] = &[
     shared("short-circuit6", "policy Local: finds pods of this node and the node itself"),
     shared("nodeport-short-circuit4", "the same for node ports"),
     shared("nodeport-short-circuit6", "the same for node ports"),
+    shared("service4-over-1", "ClusterIPs over 1 endpoint"),
+    shared("service4-over-2", "ClusterIPs over 2 endpoints"),
+    shared("service4-over-3", "ClusterIPs over 3 endpoints"),
+    shared("service4-over-4", "ClusterIPs over 4 endpoints"),
+    shared("service4-over-5", "ClusterIPs over 5 endpoints"),
+    shared("service4-over-6", "ClusterIPs over 6 endpoints"),
+    shared("service4-over-7", "ClusterIPs over 7 endpoints"),
+    shared("service4-over-8", "ClusterIPs over 8 endpoints"),
+    shared("service6-over-1", "ClusterIPs over 1 endpoint"),
+    shared("service6-over-2", "ClusterIPs over 2 endpoints"),
+    shared("service6-over-3", "ClusterIPs over 3 endpoints"),
+    shared("service6-over-4", "ClusterIPs over 4 endpoints"),
+    shared("service6-over-5", "ClusterIPs over 5 endpoints"),
+    shared("service6-over-6", "ClusterIPs over 6 endpoints"),
+    shared("service6-over-7", "ClusterIPs over 7 endpoints"),
+    shared("service6-over-8", "ClusterIPs over 8 endpoints"),
     shared("remember-endpoints", "session affinity: who got which endpoint"),
     shared(REJECT_CHAIN, "answers as a port without a listener does"),
     shared("without-endpoints", "finds what no endpoint serves"),
@@ -99,7 +116,13 @@ pub fn base_rules() -> Vec<(&'static str, RuleSpec)> {
     let mut rules = Vec::new();
     rules.extend(source_firewall().map(|rule| ("source-firewall", rule)));
     rules.extend(load_balancer_firewall().map(|rule| ("load-balancer-firewall", rule)));
-    rules.extend(services().map(|rule| ("services", rule)));
+    rules.extend(services().into_iter().map(|rule| ("services", rule)));
+    for balancer in Family::ALL.into_iter().flat_map(Balancer::common) {
+        let name = balancer.name();
+        let chain =
+            BASE_CHAINS.iter().find(|chain| chain.name == name).expect("it is always there");
+        rules.extend(balancer.rules().into_iter().map(|rule| (chain.name, rule)));
+    }
     for family in Family::ALL {
         for node_port in [false, true] {
             rules
@@ -211,9 +234,9 @@ fn load_balancer_firewall() -> [RuleSpec; 2] {
     })
 }
 
-fn services() -> [RuleSpec; 7] {
+fn services() -> Vec<RuleSpec> {
     // Who is not a pod might get an answer that does not come back through this node.
-    let [masquerade4, masquerade6] = Family::ALL.map(|family| {
+    let masquerade = Family::ALL.map(|family| {
         RuleBuilder::new()
             .in_set(&[DestinationAddress(family)], &SetName::ClusterIps(family))
             .not_in_set(&[SourceAddress(family)], &SetName::Unmasqueraded(family))
@@ -221,10 +244,14 @@ fn services() -> [RuleSpec; 7] {
             .mark(MASQUERADE_BIT)
             .build(None)
     });
-    let [by_address4, by_address6] = Family::ALL.map(|family| {
+    let common = Family::ALL.into_iter().flat_map(Balancer::common).filter_map(|balancer| {
+        let rule = RuleBuilder::new().in_set(&service_key(balancer.family), &balancer.set()?);
+        Some(rule.verdict(Verdict::Goto(balancer.name())).build(None))
+    });
+    let by_address = Family::ALL.map(|family| {
         RuleBuilder::new().vmap(&service_key(family), &SetName::ServiceIps(family)).build(None)
     });
-    let [by_node_port4, by_node_port6] = Family::ALL.map(|family| {
+    let by_node_port = Family::ALL.map(|family| {
         to_node_port_address(family)
             .vmap(&[L4Proto, DestinationPort], &SetName::NodePorts(family))
             .build(None)
@@ -233,7 +260,8 @@ fn services() -> [RuleSpec; 7] {
         .in_set(&[DestinationAddress(Family::V4)], &SetName::LocalhostIps)
         .vmap(&[L4Proto, DestinationPort], &SetName::NodePorts(Family::V4))
         .build(None);
-    [masquerade4, masquerade6, by_address4, by_address6, by_node_port4, by_node_port6, at_localhost]
+    let rules = masquerade.into_iter().chain(common).chain(by_address).chain(by_node_port);
+    rules.chain([at_localhost]).collect()
 }
 
 /// A chain of one rule: the kernel validates a map of verdicts as often as rules ask it.

@@ -190,12 +190,12 @@ impl Contribution {
                 .iter()
                 .flat_map(move |frontend| Entry::new(pool, frontend, slots).chains())
         });
-        let guards = plan.load_balancer_firewall.iter().flat_map(|firewall| {
+        let listed = plan.load_balancer_firewall.iter().flat_map(|firewall| {
             let addresses = firewall.addresses.iter();
             let families: BTreeSet<Family> = addresses.map(|at| Family::of(at.address)).collect();
-            families.into_iter().filter_map(|family| Guard::new(family, &firewall.sources))
+            families.into_iter().filter_map(|family| Listed::new(family, &firewall.sources))
         });
-        entries.chain(guards.map(|guard| guard.chain())).collect()
+        entries.chain(listed.map(|listed| listed.chain())).collect()
     }
 
     /// The firewall of this subject's node ports, which has sets of its own.
@@ -315,6 +315,7 @@ impl<'a> Entry<'a> {
             }
         };
         chains.extend(self.remember().map(SharedChain::Remember));
+        chains.retain(|chain| !chain.is_always_there());
         chains
     }
 
@@ -333,7 +334,10 @@ impl<'a> Entry<'a> {
         let leads_to = |balancer| Value::Goto(ChainName::Shared(SharedChain::Balancer(balancer)));
         match self.path() {
             Path::Nobody(fate) => return each(element(&sets.nobody, fate)),
-            Path::Direct(balancer) => each(element(&sets.index, leads_to(balancer))),
+            Path::Direct(balancer) => each(match balancer.set() {
+                Some(common) => element(&common, Value::None),
+                None => element(&sets.index, leads_to(balancer)),
+            }),
             Path::Local { from_elsewhere, from_here } => {
                 each(element(&sets.index, leads_to(from_elsewhere)));
                 each(element(&sets.from_here, leads_to(from_here)));
@@ -469,7 +473,7 @@ fn firewall_elements(plan: &ServicePlan, owner: &Arc<str>, each: &mut impl FnMut
         });
     }
     for family in Family::ALL {
-        for cidr in firewall.sources.of_family(family) {
+        for cidr in of_family(&firewall.sources, family) {
             each(set_element(ElementKey::cidr(chain.set(family), cidr), None));
         }
     }
@@ -477,44 +481,51 @@ fn firewall_elements(plan: &ServicePlan, owner: &Arc<str>, each: &mut impl FnMut
 
 fn load_balancer_elements(plan: &ServicePlan, owner: &Arc<str>, each: &mut impl FnMut(Element)) {
     let Some(firewall) = &plan.load_balancer_firewall else { return };
-    let guards = Family::ALL.map(|family| Guard::new(family, &firewall.sources));
+    let listed = Family::ALL.map(|family| Listed::new(family, &firewall.sources));
     for at in &firewall.addresses {
         let family = Family::of(at.address);
-        let guard = guards.iter().flatten().find(|guard| guard.family == family);
+        let listed = listed.iter().flatten().find(|listed| listed.family == family);
         // Everybody may reach it.
-        let Some(guard) = guard else { continue };
+        let Some(listed) = listed else { continue };
         let key = KeyBytes::empty().address(at.address).protocol(at.protocol).port(at.port);
-        let owner = owned_port(owner, &at.port_name);
         each(Element {
             key: ElementKey::single(SetName::LoadBalancerFirewall(family), key),
-            value: Value::Goto(ChainName::Shared(guard.chain())),
-            comment: Some(Arc::clone(&owner)),
+            value: Value::Goto(ChainName::Shared(listed.chain())),
+            comment: Some(owned_port(owner, &at.port_name)),
         });
-        for network in &guard.networks {
+        for network in &listed.networks {
             let set = SetName::LoadBalancerSources(family);
-            each(set_element(ElementKey::single(set, key.network(*network)), Some(&owner)));
+            each(set_element(ElementKey::single(set, key.network(*network)), None));
         }
     }
 }
 
-/// Who may reach the load-balancer addresses of one family.
-struct Guard {
+/// The networks that may reach the load-balancer addresses of one family.
+struct Listed {
     family: Family,
     chain: FromNetworks,
     networks: Vec<IpNet>,
 }
 
-impl Guard {
+impl Listed {
     /// `None` where everybody may reach them.
-    fn new(family: Family, sources: &Sources) -> Option<Guard> {
-        let networks = sources.of_family(family).into_iter().flat_map(networks::parts);
+    fn new(family: Family, sources: &Sources) -> Option<Listed> {
+        let networks = of_family(sources, family).into_iter().flat_map(networks::parts);
         let networks: Vec<IpNet> = networks.collect();
         let chain = FromNetworks::new(family, networks.iter().copied())?;
-        Some(Guard { family, chain, networks })
+        Some(Listed { family, chain, networks })
     }
 
     fn chain(&self) -> SharedChain {
         SharedChain::FromNetworks(self.chain)
+    }
+}
+
+/// The CIDRs of one family that may connect, disjoint and sorted.
+fn of_family(sources: &Sources, family: Family) -> Vec<IpNet> {
+    match sources {
+        Sources::Allow(cidrs) => cidrs.of_family(family),
+        Sources::Closed => Vec::new(),
     }
 }
 

@@ -1,6 +1,5 @@
 //! A digest of everything in the ruleset that is not an element.
 
-use ipnet::IpNet;
 use xxhash_rust::xxh64::Xxh64;
 
 use super::affinity::Remember;
@@ -40,9 +39,11 @@ pub fn layout_comment() -> String {
     for remember in Family::ALL.map(|family| Remember { family, seconds: 1 }) {
         hash.update(format!("{} {:?}", remember.name(), remember.rules()).as_bytes());
     }
-    for networks in ["0.0.0.0/1", "::/4"].map(|network| network.parse().expect("a network")) {
-        let networks = FromNetworks::new(Family::of(IpNet::network(&networks)), [networks]);
-        let networks = networks.expect("it is not everybody");
+    for (family, networks) in
+        [(Family::V4, ["0.0.0.0/1", "0.0.0.0/32"]), (Family::V6, ["::/4", "::/128"])]
+    {
+        let networks = networks.map(|network| network.parse().expect("a network"));
+        let networks = FromNetworks::new(family, networks).expect("it is not everybody");
         hash.update(format!("{} {:?}", networks.name(), networks.rules()).as_bytes());
     }
     hash.update(format!("{} {:?}", firewall.name(), firewall.rules()).as_bytes());

@@ -92,6 +92,11 @@ impl SharedChain {
         balancer.or_else(remember).or_else(networks)
     }
 
+    /// Whether it is there even if nobody needs it.
+    pub(super) fn is_always_there(&self) -> bool {
+        matches!(self, SharedChain::Balancer(balancer) if balancer.set().is_some())
+    }
+
     /// The rules.
     pub fn rules(&self) -> Vec<RuleSpec> {
         match self {

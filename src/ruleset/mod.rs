@@ -17,7 +17,7 @@ mod sets;
 mod text;
 
 pub use affinity::Remember;
-pub use balancer::{Balancer, LOCAL_SLOTS, Route};
+pub use balancer::{Balancer, COMMON, LOCAL_SLOTS, Route};
 pub use chains::{BASE_CHAINS, BaseChain, base_rules};
 pub use contribution::{Contribution, InterfaceName, NodeElements, PoolSlots, Subject};
 pub(crate) use contribution::{

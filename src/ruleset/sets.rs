@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::fmt;
 
+use super::balancer::COMMON;
 use crate::model::{Family, ServiceName};
 use crate::netlink;
 
@@ -76,6 +77,8 @@ pub enum SetName {
     PodCidrs(Family),
     /// Service address and port to the chain for its number of endpoints.
     ServiceIps(Family),
+    /// Addresses and ports of Services of the common kind with so many endpoints; see [`COMMON`].
+    ServiceIpsOver(Family, u32),
     /// Node port to the chain for its number of endpoints.
     NodePorts(Family),
     /// External address and port of Services whose external traffic stays on the node, to the
@@ -185,7 +188,10 @@ impl SetName {
             SetName::PodInterfaces,
             SetName::NodePortFirewall,
         ];
-        of_family.chain(others).collect()
+        let over = Family::ALL.into_iter().flat_map(|family| {
+            (1..=COMMON).map(move |endpoints| SetName::ServiceIpsOver(family, endpoints))
+        });
+        of_family.chain(over).chain(others).collect()
     }
 
     /// The name in the table.
@@ -201,6 +207,9 @@ impl SetName {
             SetName::Unmasqueraded(f) => by_family(f, "unmasqueraded4", "unmasqueraded6"),
             SetName::PodCidrs(f) => by_family(f, "pod-cidrs4", "pod-cidrs6"),
             SetName::ServiceIps(f) => by_family(f, "service-ips4", "service-ips6"),
+            SetName::ServiceIpsOver(f, endpoints) => {
+                Cow::Owned(format!("service-ips{}-over-{endpoints}", f.digit()))
+            }
             SetName::NodePorts(f) => by_family(f, "nodeports4", "nodeports6"),
             SetName::ClusterPolicy(f) => by_family(f, "cluster-policy4", "cluster-policy6"),
             SetName::NodePortClusterPolicy(f) => {
@@ -256,6 +265,9 @@ impl SetName {
             SetName::PodCidrs(f) => (vec![Address(f)], None, "pods of this node"),
             SetName::ServiceIps(f) => {
                 (service(f), Verdict, "Service address to the chain for its number of endpoints")
+            }
+            SetName::ServiceIpsOver(f, _) => {
+                (service(f), None, "Service addresses with so many endpoints")
             }
             SetName::NodePorts(_) => {
                 (node_port(), Verdict, "node port to the chain for its number of endpoints")

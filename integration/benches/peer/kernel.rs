@@ -40,8 +40,8 @@ pub struct Expected {
     pub family: u8,
     /// The table.
     pub table: &'static str,
-    /// The map.
-    pub map: &'static str,
+    /// The set or map.
+    pub map: String,
     /// How many elements it has at least.
     pub count: u32,
     /// Keys of some of them.
@@ -79,7 +79,7 @@ impl Kernel {
     fn count(&self, expected: &Expected) -> Result<Option<u32>> {
         let mut request = request(NFT_MSG_GETSET, expected.family);
         put_name(&mut request, NFTA_SET_TABLE, expected.table);
-        put_name(&mut request, NFTA_SET_NAME, expected.map);
+        put_name(&mut request, NFTA_SET_NAME, &expected.map);
         let mut count = None;
         let found = self.ask(request, |kind, attributes| {
             if kind == NFT_MSG_NEWSET {
@@ -95,7 +95,7 @@ impl Kernel {
     fn has_keys(&self, expected: &Expected) -> Result<bool> {
         let mut request = request(NFT_MSG_GETSETELEM, expected.family);
         put_name(&mut request, NFTA_SET_ELEM_LIST_TABLE, expected.table);
-        put_name(&mut request, NFTA_SET_ELEM_LIST_SET, expected.map);
+        put_name(&mut request, NFTA_SET_ELEM_LIST_SET, &expected.map);
         let mut elements = Vec::new();
         for key in &expected.keys {
             let value = nested(NFTA_SET_ELEM_KEY, &attribute(NFTA_DATA_VALUE, key));

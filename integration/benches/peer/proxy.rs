@@ -1,6 +1,7 @@
 //! The two proxies: how they are started, what of theirs shows that they are done, and what they
 //! use.
 
+use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -8,6 +9,8 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use portcullis::model::Family;
+use portcullis::ruleset::{COMMON, SetName};
 use portcullis_integration::controlplane::ControlPlane;
 use portcullis_integration::daemon::{NODE_NAME, start_on_cluster};
 use portcullis_integration::lab::{Lab, Process};
@@ -55,51 +58,57 @@ impl Proxy {
         }
     }
 
-    /// Maps that hold something of every Service when it is programmed. In kube-proxy's map of
-    /// verdicts an element leads to the Service's chain, so the chain is there, too; in ours it
-    /// leads to a chain that is shared, so endpoints are asked for besides.
+    /// Sets and maps that hold something of every Service when it is programmed. In kube-proxy's map
+    /// of verdicts an element leads to the Service's chain, so the chain is there, too; ours lead to
+    /// chains that are shared, so endpoints are asked for besides.
     fn expected(self, cluster: Cluster) -> Vec<Expected> {
         // default/kubernetes with its one endpoint is there in any case.
         let services = cluster.services + 1;
         let endpoints = cluster.services * cluster.endpoints + 1;
         let count = |number: usize| u32::try_from(number).expect("fewer than elements can be");
         let every = (cluster.services - 1) / LOOKED_UP.min(cluster.services - 1);
-        let looked_up: Vec<Ipv4Addr> = (0..cluster.services)
-            .rev()
-            .step_by(every)
-            .take(LOOKED_UP)
-            .chain([0])
-            .map(cluster_ip)
-            .collect();
-        let keys = looked_up.iter().map(|ip| key(*ip)).collect();
-        match self {
-            Proxy::KubeProxy => vec![Expected {
+        let looked_up: Vec<usize> =
+            (0..cluster.services).rev().step_by(every).take(LOOKED_UP).chain([0]).collect();
+        let keys = |services: &[usize]| services.iter().map(|s| key(cluster_ip(*s))).collect();
+        if self == Proxy::KubeProxy {
+            return vec![Expected {
                 family: NFPROTO_IPV4,
                 table: "kube-proxy",
-                map: "service-ips",
+                map: "service-ips".to_owned(),
                 count: count(services),
-                keys,
-            }],
-            Proxy::Portcullis => {
-                let slot = |ip: &Ipv4Addr| [key(*ip), 0_u32.to_ne_bytes().to_vec()].concat();
-                vec![
-                    Expected {
-                        family: NFPROTO_INET,
-                        table: "portcullis",
-                        map: "service-ips4",
-                        count: count(services),
-                        keys,
-                    },
-                    Expected {
-                        family: NFPROTO_INET,
-                        table: "portcullis",
-                        map: "endpoints4",
-                        count: count(endpoints),
-                        keys: looked_up.iter().map(slot).collect(),
-                    },
-                ]
-            }
+                keys: keys(&looked_up),
+            }];
         }
+        let expected = |map, count, keys| Expected {
+            family: NFPROTO_INET,
+            table: "portcullis",
+            map,
+            count,
+            keys,
+        };
+        // Services stand in a set for each number of endpoints if it is low and they have no affinity.
+        let index = |service: &usize| {
+            let endpoints = u32::try_from(cluster.endpoints).expect("few endpoints");
+            let is_common = endpoints <= COMMON && !cluster.is_sticky(*service);
+            if is_common {
+                SetName::ServiceIpsOver(Family::V4, endpoints)
+            } else {
+                SetName::ServiceIps(Family::V4)
+            }
+        };
+        let (mut all, mut some) = (BTreeMap::<SetName, usize>::new(), BTreeMap::new());
+        (0..cluster.services).for_each(|s| *all.entry(index(&s)).or_default() += 1);
+        for service in &looked_up {
+            some.entry(index(service)).or_insert_with(Vec::new).push(*service);
+        }
+        let indexes = all.into_iter().map(|(set, number)| {
+            let looked_up = some.remove(&set).unwrap_or_default();
+            expected(set.name().into_owned(), count(number), keys(&looked_up))
+        });
+        let slot = |service: &usize| [key(cluster_ip(*service)), vec![0; 4]].concat();
+        let map = SetName::Endpoints(Family::V4).name().into_owned();
+        let endpoints = expected(map, count(endpoints), looked_up.iter().map(slot).collect());
+        indexes.chain([endpoints]).collect()
     }
 }
 

@@ -71,7 +71,7 @@ fn a_change_that_meets_a_surprise_puts_everything_right() -> Result<()> {
         ("everything is gone", "flush ruleset", vec![web(1, &[1])]),
         (
             "an element to be deleted is gone",
-            "delete element inet portcullis service-ips4 { 10.96.0.1 . tcp . 80 }",
+            "delete element inet portcullis service-ips4-over-2 { 10.96.0.1 . tcp . 80 }",
             vec![web(1, &[1])],
         ),
         (
@@ -81,7 +81,7 @@ fn a_change_that_meets_a_surprise_puts_everything_right() -> Result<()> {
         ),
         (
             "a chain to be added is there",
-            "add chain inet portcullis service4-over-4",
+            "add chain inet portcullis nodeport4-over-4",
             vec![web(1, &[1, 2, 3, 4])],
         ),
         (
@@ -93,7 +93,7 @@ fn a_change_that_meets_a_surprise_puts_everything_right() -> Result<()> {
         ),
         (
             "a chain to be deleted is jumped to",
-            "insert rule inet portcullis services ip daddr 10.96.9.9 jump service4-over-2",
+            "insert rule inet portcullis services ip daddr 10.96.9.9 jump nodeport4-over-2",
             vec![web(1, &[1])],
         ),
         (
@@ -178,7 +178,7 @@ fn what_was_not_taken_over_is_taken_over_later() -> Result<()> {
     batch.delete_table();
     rival.commit(batch)?;
     drop(plain(&machine)?);
-    machine.nft("delete element inet portcullis service-ips4 { 10.96.0.1 . tcp . 80 }")?;
+    machine.nft("delete element inet portcullis service-ips4-over-2 { 10.96.0.1 . tcp . 80 }")?;
     assert!(daemon.commit(std::slice::from_ref(&new)).is_empty());
     machine.state()?.expect(&fresh(&[services(), vec![new]].concat())?)
 }

@@ -61,11 +61,20 @@ fn tamperings() -> Vec<(&'static str, String, Repair)> {
             Elements(2),
         ),
         (
-            "an address that leads to another chain",
+            "a node port that leads to another chain",
             format!(
-                "delete {ELEMENTS_OF} service-ips4 {{ 10.96.0.1 . tcp . 80 }}
-                add {ELEMENTS_OF} service-ips4 {{ 10.96.0.1 . tcp . 80
-                    comment \"shop/web-1:http\" : goto service4-over-1 }}"
+                "delete {ELEMENTS_OF} nodeports4 {{ tcp . 30001 }}
+                add {ELEMENTS_OF} nodeports4 {{ tcp . 30001
+                    comment \"shop/web-1:http\" : goto nodeport4-over-1 }}"
+            ),
+            Elements(2),
+        ),
+        (
+            "an address that stands with those of another number of endpoints",
+            format!(
+                "delete {ELEMENTS_OF} service-ips4-over-2 {{ 10.96.0.1 . tcp . 80 }}
+                add {ELEMENTS_OF} service-ips4-over-1 {{ 10.96.0.1 . tcp . 80
+                    comment \"shop/web-1:http\" }}"
             ),
             Elements(2),
         ),

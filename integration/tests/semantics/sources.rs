@@ -94,7 +94,7 @@ fn source_ranges_may_have_any_length() -> Result<()> {
     let ranges = |list: &[&str]| exposed(20, lab, &json!({ "loadBalancerSourceRanges": list }));
     ranges(&["127.0.0.1/32", "::1/128"]).write(&world.manifests)?;
     let _daemon = world.daemon(&[])?;
-    let table: [(&[&str], bool); 10] = [
+    let table: [(&[&str], bool); 11] = [
         (&["192.0.2.10/32", "2001:db8:1::10/128"], true),
         (&["192.0.2.11/32", "2001:db8:1::11/128"], false),
         (&["128.0.0.0/1", "2000::/3"], true),
@@ -107,6 +107,7 @@ fn source_ranges_may_have_any_length() -> Result<()> {
         (&["192.0.2.0/29", "10.0.0.0/8", "192.0.2.8/30", "::/8", "2001:db8:1::/96"], true),
         (&["10.0.0.0/8", "2001:db8:2::/48"], false),
         (&["0.0.0.0/0", "::/0"], true),
+        (&["192.0.2.0/24", "2001:db8:1::/64", "nonsense"], false),
     ];
     for (list, lets_in) in table {
         let manifest = ranges(list);

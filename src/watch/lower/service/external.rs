@@ -20,6 +20,10 @@ pub(super) struct External {
     pub health_check_port: Option<NonZeroU16>,
 }
 
+/// How many ranges a Service may list, counted once for each load-balancer address and port: each is
+/// an element in the kernel, and whoever may make a Service must not fill its memory.
+const MOST_SOURCES: usize = 1 << 16;
+
 impl External {
     pub fn of(
         object: &core::Service,
@@ -34,7 +38,7 @@ impl External {
         let load_balancer_ips =
             if balanced { load_balancer_ips(object, cluster_ips, findings) } else { Vec::new() };
         let ranges = if balanced {
-            ranges(spec, cluster_ips, findings)
+            ranges(spec, cluster_ips, load_balancer_ips.len(), findings)
         } else {
             SourceRestriction::Unrestricted
         };
@@ -113,6 +117,7 @@ fn take(
 fn ranges(
     spec: &core::ServiceSpec,
     cluster_ips: &[IpAddr],
+    load_balancer_ips: usize,
     findings: &mut Findings,
 ) -> SourceRestriction {
     let mut cidrs: Vec<IpNet> = Vec::new();
@@ -130,6 +135,16 @@ fn ranges(
             shown(text)
         );
         findings.error(field, message);
+    }
+    let places = load_balancer_ips * spec.ports.as_ref().map_or(0, Vec::len);
+    if cidrs.len() * places > MOST_SOURCES {
+        closed = true;
+        let message = format!(
+            "{} ranges for {places} load-balancer addresses and ports are more than {MOST_SOURCES} \
+             together; the addresses are closed to everyone",
+            cidrs.len()
+        );
+        findings.error("spec.loadBalancerSourceRanges", message);
     }
     if closed {
         return SourceRestriction::Closed;

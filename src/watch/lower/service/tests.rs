@@ -423,6 +423,25 @@ fn source_ranges() {
     }
 }
 
+/// Each range is an element of the kernel for each address and port.
+#[test]
+fn source_ranges_are_limited() {
+    let list = |count: u32| -> Vec<String> {
+        (0..count).map(|n| format!("{}/32", std::net::Ipv4Addr::from(n << 1))).collect()
+    };
+    let ports = json!([{"name": "a", "port": 80}, {"name": "b", "port": 81}]);
+    let ingress = json!([{"ip": "192.0.2.1"}, {"ip": "192.0.2.2"}]);
+    for (count, closed) in [(1 << 14, false), ((1 << 14) + 1, true)] {
+        let spec = json!({"type": "LoadBalancer", "clusterIP": "10.96.0.7", "ports": ports,
+            "loadBalancerSourceRanges": list(count)});
+        let got = balanced(spec, &ingress);
+        assert_eq!(got.load_balancer_sources == SourceRestriction::Closed, closed, "{count}");
+        let fields: Vec<_> = got.diagnostics.iter().map(|d| d.field.as_str()).collect();
+        let expected = if closed { &["spec.loadBalancerSourceRanges"][..] } else { &[] };
+        assert_eq!(fields, expected, "{count}");
+    }
+}
+
 #[test]
 fn source_ranges_of_one_family() {
     let (v4, v6, both) =
