@@ -9,7 +9,6 @@ use kube::runtime::reflector::store::Writer;
 use kube::runtime::watcher;
 
 use super::known::{Known, known};
-use super::outage::Outages;
 use super::reconcile::Context;
 use super::relist::Relist;
 use super::wire::Wire;
@@ -33,7 +32,6 @@ pub(super) enum Event {
 pub(super) struct Feed {
     store: Writer<Known>,
     context: Arc<Context>,
-    outages: Arc<Outages>,
     reporter: Reporter,
     services: Relist<ServiceName>,
     slices: Relist<SliceName>,
@@ -47,16 +45,10 @@ pub(super) struct Feed {
 
 impl Feed {
     /// Nothing was told yet.
-    pub(super) fn new(
-        store: Writer<Known>,
-        context: Arc<Context>,
-        outages: Arc<Outages>,
-        reporter: Reporter,
-    ) -> Feed {
+    pub(super) fn new(store: Writer<Known>, context: Arc<Context>, reporter: Reporter) -> Feed {
         Feed {
             store,
             context,
-            outages,
             reporter,
             services: Relist::new(),
             slices: Relist::new(),
@@ -81,20 +73,10 @@ impl Feed {
     /// Takes an event. Gives the Services that are to be reconciled, of which some may be none.
     pub(super) fn take(&mut self, event: Event) -> Vec<ServiceName> {
         match event {
-            Event::Service(event) => {
-                self.outages.take("Services", &event);
-                event.map_or_else(|_| Vec::new(), |event| self.service(event))
-            }
-            Event::Slice(event) => {
-                self.outages.take("EndpointSlices", &event);
-                event.map_or_else(|_| Vec::new(), |event| self.slice(event))
-            }
-            Event::Node(event) => {
-                self.outages.take("the Node", &event);
-                event.map_or_else(|_| Vec::new(), |event| self.node(event))
-            }
+            Event::Service(event) => event.map_or_else(|_| Vec::new(), |event| self.service(event)),
+            Event::Slice(event) => event.map_or_else(|_| Vec::new(), |event| self.slice(event)),
+            Event::Node(event) => event.map_or_else(|_| Vec::new(), |event| self.node(event)),
             Event::ServiceCidr(event) => {
-                self.outages.take("ServiceCIDRs", &event);
                 match event {
                     Ok(event) => self.service_cidr(event),
                     Err(error) => self.without_service_cidrs |= is_missing(&error),

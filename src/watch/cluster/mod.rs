@@ -96,7 +96,7 @@ pub async fn run(
         async move { outages.probe(async || services.list(&one).await.is_ok()).await }
     };
     let events = watch(&client, options, &outages);
-    let served = serve(events, outages, options, committer, reporter, shutdown);
+    let served = serve(events, options, committer, reporter, shutdown);
     tokio::select! {
         served = served => served,
         never = probe => match never {},
@@ -108,10 +108,10 @@ fn watch(client: &Client, options: &Options, outages: &Arc<Outages>) -> BoxStrea
     let selected = watcher::Config::default;
     let own = format!("metadata.name={}", options.node_name);
     let events = [
-        told(client, selected().labels(&services()), outages, Event::Service),
-        told(client, selected().labels(&slices()), outages, Event::Slice),
-        told(client, selected().fields(&own), outages, Event::Node),
-        told(client, selected(), outages, Event::ServiceCidr),
+        told(client, "Services", selected().labels(&services()), outages, Event::Service),
+        told(client, "EndpointSlices", selected().labels(&slices()), outages, Event::Slice),
+        told(client, "the Node", selected().fields(&own), outages, Event::Node),
+        told(client, "ServiceCIDRs", selected(), outages, Event::ServiceCidr),
     ];
     stream::select_all(events).boxed()
 }
@@ -119,6 +119,7 @@ fn watch(client: &Client, options: &Options, outages: &Arc<Outages>) -> BoxStrea
 /// What the API server tells of the objects of a kind.
 fn told<K>(
     client: &Client,
+    resource: outage::Resource,
     selected: watcher::Config,
     outages: &Arc<Outages>,
     event: fn(Told<K>) -> Event,
@@ -128,6 +129,9 @@ where
 {
     let objects: Api<Wire<K>> = Api::all(client.clone());
     let told = outages.pausing(watcher(objects, selected));
+    // Before events wait: what one says of the API server is true now.
+    let outages = Arc::clone(outages);
+    let told = told.inspect(move |told| outages.take(resource, told));
     ahead(told.map(event)).boxed()
 }
 
@@ -174,7 +178,6 @@ fn slices() -> String {
 /// Serves what `events` tell.
 async fn serve(
     mut events: BoxStream<'static, Event>,
-    outages: Arc<Outages>,
     options: &Options,
     committer: Committer,
     reporter: Reporter,
@@ -182,7 +185,7 @@ async fn serve(
 ) -> Result<(), Error> {
     let context = Arc::new(Context::new(options, committer.clone()));
     let (store, writer) = reflector::store();
-    let mut feed = Feed::new(writer, Arc::clone(&context), outages, reporter.clone());
+    let mut feed = Feed::new(writer, Arc::clone(&context), reporter.clone());
     while !feed.is_complete() {
         tokio::select! {
             () = shutdown.cancelled() => return Ok(()),

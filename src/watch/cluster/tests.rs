@@ -31,8 +31,7 @@ impl Cluster {
         let (reporter2, shutdown2) = (reporter.clone(), shutdown.clone());
         let served = tokio::spawn(async move {
             let options = Options::new("worker".into());
-            let outages = Arc::default();
-            serve(told.boxed(), outages, &options, committer, reporter2, shutdown2).await
+            serve(told.boxed(), &options, committer, reporter2, shutdown2).await
         });
         Some(Cluster { kernel, reporter, events, shutdown, served })
     }
@@ -328,4 +327,38 @@ async fn what_cannot_be_read_disturbs_nobody() {
     until("nothing", Vec::new(), || says(&cluster)).await;
     cluster.services("gone", &["default/a 10.96.0.1: 10.0.0.2"]).await;
     cluster.end().await;
+}
+
+#[tokio::test]
+async fn events_that_wait_keep_their_order() {
+    let many = 3 * AHEAD;
+    let told: Vec<usize> = ahead(stream::iter(0..many)).collect().await;
+    assert!(told.into_iter().eq(0..many));
+}
+
+/// Whether it waits for somebody to take an event, or for the API server.
+#[tokio::test]
+async fn a_watcher_ends_when_nobody_listens() {
+    for more in [2 * AHEAD, 1] {
+        // Who holds the source holds this.
+        let (held, dropped) = tokio::sync::oneshot::channel::<()>();
+        let events = stream::iter(0..more).chain(stream::pending());
+        let events = events.inspect(move |_| assert!(!held.is_closed()));
+        let mut told = Box::pin(ahead(events));
+        assert_eq!(told.next().await, Some(0));
+        drop(told);
+        let ended = tokio::time::timeout(PATIENCE, dropped).await.expect("it ends");
+        assert!(ended.is_err(), "the source said something");
+    }
+}
+
+#[tokio::test]
+#[should_panic(expected = "the watcher broke")]
+async fn a_watcher_that_panics_is_heard() {
+    let events = stream::iter(0..2).map(|event| {
+        assert!(event == 0, "the watcher broke");
+        event
+    });
+    let told: Vec<i32> = ahead(events).collect().await;
+    unreachable!("{told:?}");
 }
