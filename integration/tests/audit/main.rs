@@ -85,6 +85,11 @@ fn nft_reads_what_was_meant() {
              external-local4-over-1-sticky-by-source",
         ),
         (
+            "service-ips6",
+            "2001:db8:1::11 . tcp . 80 comment \"shop/outside:http\" : goto \
+             external-local6-over-1-sticky-by-source",
+        ),
+        (
             "cluster-policy4",
             "198.51.100.11 . tcp . 80 comment \"shop/outside:http\" : goto \
              service4-over-3-sticky-by-source",
@@ -140,9 +145,13 @@ fn nft_reads_what_was_meant() {
         }
         let all: Vec<&str> = sets.keys().map(String::as_str).collect();
         let known = |set: &&str| {
-            // Clients fill the one, and pods have either addresses or interfaces.
+            // Clients fill the one, and pods have either addresses or interfaces. Those for numbers of
+            // endpoints are all alike.
             let other = ["allow", "affinity"].iter().any(|name| set.starts_with(name));
-            other || set.ends_with("interfaces") || table.iter().any(|(s, _)| s == set)
+            other
+                || set.contains("-over-")
+                || set.ends_with("interfaces")
+                || table.iter().any(|(s, _)| s == set)
         };
         assert!(all.iter().all(known), "add a line for each new set: {all:?}");
     });
