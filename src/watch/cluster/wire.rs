@@ -9,6 +9,7 @@
 //! was read the least is to be kept: a list of lowered objects is a fraction of that list as text.
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::sync::Arc;
 
@@ -93,9 +94,13 @@ impl<'de, K: Kind> Deserialize<'de> for Wire<K> {
 
 /// What is known of an object that is not of its form.
 fn unreadable<K: Kind>(text: &str) -> (K, K::Lowered) {
-    let value: Value = serde_json::from_str(text).unwrap_or_default();
-    let metadata = metadata(&value);
-    let (field, error) = match serde_path_to_error::deserialize::<_, K::Form>(value) {
+    let metadata = metadata(text);
+    let read = match serde_json::from_str::<Value>(text) {
+        Ok(value) => serde_path_to_error::deserialize::<_, K::Form>(value),
+        // It is nested too deep, or has half a character or a number that is too large.
+        Err(_) => serde_path_to_error::deserialize(&mut serde_json::Deserializer::from_str(text)),
+    };
+    let (field, error) = match read {
         Err(error) => (error.path().to_string(), bounded(error.into_inner().to_string())),
         // Of a field that stands there twice a `Value` has one.
         Ok(_) => (String::new(), "a field stands there twice".to_owned()),
@@ -118,14 +123,13 @@ fn unreadable<K: Kind>(text: &str) -> (K, K::Lowered) {
 }
 
 /// The metadata that say whose an object is, each as far as it can be read.
-fn metadata(object: &Value) -> ObjectMeta {
-    let field = |name: &str| object.get("metadata")?.get(name);
-    let text = |name: &str| field(name)?.as_str().map(str::to_owned);
+fn metadata(object: &str) -> ObjectMeta {
+    let metadata = || fields(fields(object)?.get("metadata")?.get());
+    let metadata = metadata().unwrap_or_default();
+    let text = |name: &str| string(metadata.get(name)?);
     let labels = || {
-        let labels = field("labels")?.as_object()?.iter();
-        Some(
-            labels.filter_map(|(key, value)| Some((key.clone(), value.as_str()?.into()))).collect(),
-        )
+        let labels = fields(metadata.get("labels")?.get())?.into_iter();
+        Some(labels.filter_map(|(key, value)| Some((key, string(value)?))).collect())
     };
     ObjectMeta {
         name: text("name"),
@@ -134,6 +138,15 @@ fn metadata(object: &Value) -> ObjectMeta {
         labels: labels(),
         ..ObjectMeta::default()
     }
+}
+
+/// The fields of an object, none of them read yet. Of one that stands there twice, the last.
+fn fields(object: &str) -> Option<BTreeMap<String, &RawValue>> {
+    serde_json::from_str(object).ok()
+}
+
+fn string(value: &RawValue) -> Option<String> {
+    serde_json::from_str(value.get()).ok()
 }
 
 /// An error may quote what it is about, whatever its length.

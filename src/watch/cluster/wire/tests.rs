@@ -177,6 +177,26 @@ fn reading_never_fails() {
     let twice: Wire<core::Service> = serde_json::from_str(twice).unwrap();
     let message = told(&twice.lowered.expect("something").diagnostics).concat();
     assert!(message.contains("a field stands there twice"), "{message}");
+    // What a `Value` refuses: nested too deep, half a character, a number that is too large.
+    let start = r#"{"metadata": {"namespace": "n", "resourceVersion": "7", "labels": {
+        "kubernetes.io/service-name": "web""#;
+    let deep = "[".repeat(200) + &"]".repeat(200);
+    for odd in [&deep, r#""\ud800""#, "1e999"] {
+        for (rest, name, field) in [
+            (r#"}, "name": "a", "managedFields": ODD}, "addressType": 1}"#, "a", "addressType"),
+            (r#"}, "name": "a"}, "addressType": ODD}"#, "a", "addressType"),
+            (r#", "x": ODD}, "name": "a"}}"#, "a", "metadata.labels.x"),
+            (r#"}, "name": ODD}}"#, "", "metadata.name"),
+        ] {
+            let text = format!("{start}{}", rest.replace("ODD", odd));
+            let read: Wire<discovery::EndpointSlice> = serde_json::from_str(&text).unwrap();
+            assert_eq!((&*read.name.namespace, &*read.name.name), ("n", name), "{text}");
+            assert_eq!(read.meta().resource_version.as_deref(), Some("7"), "{text}");
+            let lowered = read.lowered.expect("a slice of a Service");
+            assert_eq!(lowered.service, ServiceName::new("n", "web"), "{text}");
+            assert_eq!(lowered.diagnostics[0].field, field, "{text}");
+        }
+    }
 }
 
 #[test]
