@@ -116,7 +116,7 @@ fn run(options: &Options) -> Result<()> {
         markdown::replace(file, "bench", &report::markdown(&results))?;
     }
     print!("{}", report::markdown(&results));
-    Ok(())
+    report::check_objects(&results.measurements)
 }
 
 /// Does one job and prints what came out.
@@ -153,7 +153,6 @@ fn measure(options: &Options) -> Result<Results> {
             isolation::run(job, limit)?.into_iter().for_each(|new| keep(&mut results, new));
         }
     }
-    report::check_objects(&results.measurements)?;
     Ok(results)
 }
 
