@@ -195,12 +195,12 @@ check_said() {
 logged() {
     local pod
     pod=$(kubectl --namespace portcullis get pods --field-selector "spec.nodeName=$1" --output name)
-    kubectl --namespace portcullis logs "$pod" | grep -q "$2"
+    kubectl --namespace portcullis logs "$pod" | grep "$2" >/dev/null
 }
 
 # described SERVICE PATTERN
 described() {
-    kubectl --namespace shop describe service "$1" | grep -q "$2"
+    kubectl --namespace shop describe service "$1" | grep "$2" >/dev/null
 }
 
 stop_socat() {
@@ -361,7 +361,8 @@ under_load() {
         connect_at "$container" $((RATE / 2)) "${targets[@]}" >"$work/rate-$container" 2>"$work/failures-$container" &
         jobs+=($!)
     done
-    read -r name node pod < <(pods client)
+    # Not one of the control plane, which may be paused, and its Pods with it.
+    read -r name node pod < <(pods client | awk -v other="$control_plane" '$2 != other')
     for family in $families; do
         query="host=$(cluster_ip web "$family")&port=80&protocol=http&request=hostname"
         # shellcheck disable=SC2016
@@ -501,7 +502,8 @@ known() {
     local node got
     for node in $nodes; do
         got=no
-        docker exec "$node" nft list ruleset 2>/dev/null | grep -q "\"shop/$1\"" && got=yes
+        # To its end: with `pipefail` a reader that stops early is a failure of who writes.
+        docker exec "$node" nft list ruleset 2>/dev/null | grep "\"shop/$1\"" >/dev/null && got=yes
         [[ $got == "$2" ]] || return 1
     done
 }
@@ -553,7 +555,7 @@ take_over() {
     kubectl apply --kustomize "$work/manifests/overlays/cluster" >/dev/null || return 1
     kubectl --namespace portcullis rollout status daemonset portcullis --timeout 180s >/dev/null || return 1
     for node in $nodes; do
-        docker exec "$node" nft list tables | grep -q kube-proxy && return 1
+        docker exec "$node" nft list tables | grep kube-proxy >/dev/null && return 1
         docker exec "$node" curl --silent --fail http://127.0.0.1:10256/healthz >/dev/null || return 1
     done
 }
