@@ -87,8 +87,14 @@ impl Applied {
                 continue;
             }
             batch.set_tag(tag);
-            firewalls(old, next, batch);
-            elements(old, next, batch);
+            if let Some(comes) = firewall_gone(next, old) {
+                add_firewall(batch, &comes);
+            }
+            let goes = firewall_gone(old, next);
+            if let Some(goes) = &goes {
+                delete_firewall(batch, goes);
+            }
+            elements(old, next, goes.as_ref(), batch);
             count(&mut hairpins, old.map(Contribution::hairpins), -1, tag);
             count(&mut hairpins, next.map(Contribution::hairpins), 1, tag);
             count(&mut chains, old.map(Contribution::shared_chains), -1, tag);
@@ -211,18 +217,14 @@ fn firewall_gone(old: Option<&Contribution>, next: Option<&Contribution>) -> Opt
     old.and_then(Contribution::firewall).filter(|firewall| next.as_ref() != Some(firewall))
 }
 
-fn firewalls(old: Option<&Contribution>, next: Option<&Contribution>, batch: &mut Batch) {
-    if let Some(firewall) = firewall_gone(next, old) {
-        add_firewall(batch, &firewall);
-    }
-    if let Some(firewall) = firewall_gone(old, next) {
-        delete_firewall(batch, &firewall);
-    }
-}
-
-fn elements(old: Option<&Contribution>, next: Option<&Contribution>, batch: &mut Batch) {
+fn elements(
+    old: Option<&Contribution>,
+    next: Option<&Contribution>,
+    goes: Option<&FirewallChain>,
+    batch: &mut Batch,
+) {
     // A set that goes takes its elements along.
-    let goes = firewall_gone(old, next).map(|firewall| firewall.sets());
+    let goes = goes.map(FirewallChain::sets);
     let goes = goes.as_ref().map_or(&[][..], |sets| sets);
     match (old, next) {
         (None, None) => {}
