@@ -44,9 +44,9 @@ fn ours() -> anyhow::Result<Verdict> {
         print("net.ipv4.conf.all.route_localnet: set back to 0\n")?;
     } else if sysctl::allows_route_localnet() {
         // Somebody else may need it, or it is from an earlier run of ours.
-        eprintln!(
+        say(
             "net.ipv4.conf.all.route_localnet is 1: unless other rules prevent it, neighbours on the \
-             link reach what listens on loopback addresses of this node; 0 is the kernel's default"
+             link reach what listens on loopback addresses of this node; 0 is the kernel's default",
         );
     }
     Ok(Verdict::Fine)
