@@ -1,7 +1,8 @@
-//! Results as files.
+//! Results: as files, and of the process.
 
 use std::fs;
 use std::path::Path;
+use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use serde::de::DeserializeOwned;
@@ -26,4 +27,15 @@ pub fn write(file: &Path, text: &str) -> Result<()> {
             .with_context(|| format!("cannot make {}", directory.display()))?;
     }
     fs::write(file, text).with_context(|| format!("cannot write {}", file.display()))
+}
+
+/// How a benchmark ends.
+pub fn exit_code(result: Result<()>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
 }

@@ -92,13 +92,7 @@ const LARGE_LIMIT: Duration = Duration::from_secs(60 * 60);
 const KUBE_PROXY_CHANGES: usize = 10;
 
 fn main() -> ExitCode {
-    match run(&Options::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    results::exit_code(run(&Options::parse()))
 }
 
 fn run(options: &Options) -> Result<()> {

@@ -85,13 +85,7 @@ const CLUSTERS: [Cluster; 5] = [
 ];
 
 fn main() -> ExitCode {
-    match go(&Options::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    results::exit_code(go(&Options::parse()))
 }
 
 fn go(options: &Options) -> Result<()> {
