@@ -301,20 +301,22 @@ fn memory(address: u32) -> Set<'static> {
     }
 }
 
+/// What happens to the client of a packet to this port, and where the packet goes.
+fn of_client4(port: u16, what: Expression) -> Vec<Expression> {
+    rule![
+        ip4(),
+        to_port(port),
+        [saddr4(FIRST), daddr4(Register::word(1)), dport(Register::word(2))],
+        [what],
+    ]
+}
+
 fn remembered4() -> Case {
     Case {
         name: "a map of IPv4 clients that rules write",
         sets: |batch| batch.add_set(&memory(IPV4_ADDR)),
         chains: vec![("c", Some(INPUT))],
-        rules: vec![(
-            "c",
-            rule![
-                ip4(),
-                to_port(PORT),
-                [saddr4(FIRST), daddr4(Register::word(1)), dport(Register::word(2))],
-                [remember(Register::word(1))],
-            ],
-        )],
+        rules: vec![("c", of_client4(PORT, remember(Register::word(1))))],
         listed: "map memory { type ipv4_addr : ipv4_addr . inet_service
                 size 2 flags dynamic,timeout }
             chain c { type filter hook input priority filter; policy accept;
@@ -381,27 +383,17 @@ fn forgotten() -> Case {
         sets: |batch| batch.add_set(&memory(IPV4_ADDR)),
         chains: vec![("c", Some(INPUT))],
         rules: vec![
+            ("c", of_client4(PORT, remember(Register::word(1)))),
             (
                 "c",
-                rule![
-                    ip4(),
-                    to_port(PORT),
-                    [saddr4(FIRST), daddr4(Register::word(1)), dport(Register::word(2))],
-                    [remember(Register::word(1))],
-                ],
-            ),
-            (
-                "c",
-                rule![
-                    ip4(),
-                    to_port(OTHER_PORT),
-                    [saddr4(FIRST), daddr4(Register::word(1)), dport(Register::word(2))],
-                    [Expression::DeleteFromMap {
+                of_client4(
+                    OTHER_PORT,
+                    Expression::DeleteFromMap {
                         map: "memory".into(),
                         key: FIRST,
                         data: Register::word(1),
-                    }],
-                ],
+                    },
+                ),
             ),
         ],
         listed: "map memory { type ipv4_addr : ipv4_addr . inet_service
