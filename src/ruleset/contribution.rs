@@ -1,6 +1,6 @@
 //! What one subject - a Service, or the node itself - adds to the ruleset.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -12,6 +12,7 @@ use super::element::{ChainName, Element, ElementKey, KeyBytes, SharedChain, Valu
 use super::firewall::FirewallChain;
 use super::networks::{self, FromNetworks};
 use super::sets::SetName;
+use super::slots::assign_slots;
 use crate::model::{
     Backend, Family, LocalTraffic, NodeContext, Protocol, ServiceName, TrafficPolicy,
 };
@@ -190,12 +191,12 @@ impl Contribution {
                 .iter()
                 .flat_map(move |frontend| Entry::new(pool, frontend, slots).chains())
         });
-        let listed = plan.load_balancer_firewall.iter().flat_map(|firewall| {
+        let networks = plan.load_balancer_firewall.iter().flat_map(|firewall| {
             let addresses = firewall.addresses.iter();
             let families: BTreeSet<Family> = addresses.map(|at| Family::of(at.address)).collect();
-            families.into_iter().filter_map(|family| Listed::new(family, &firewall.sources))
+            families.into_iter().filter_map(|family| from_networks(&firewall.sources, family))
         });
-        entries.chain(listed.map(|listed| listed.chain())).collect()
+        entries.chain(networks.map(SharedChain::FromNetworks)).collect()
     }
 
     /// The firewall of this subject's node ports, which has sets of its own.
@@ -465,7 +466,7 @@ fn firewall_elements(plan: &ServicePlan, owner: &Arc<str>, each: &mut impl FnMut
     let Some(firewall) = &plan.firewall else { return };
     let chain = FirewallChain::of(plan.service().clone());
     for port in &firewall.node_ports {
-        let key = KeyBytes::empty().protocol(port.protocol).port(port.port);
+        let key = frontend_key(&Frontend::NodePort { port: port.port }, port.protocol);
         each(Element {
             key: ElementKey::single(SetName::NodePortFirewall, key),
             value: Value::Goto(ChainName::Firewall(chain.clone())),
@@ -481,44 +482,32 @@ fn firewall_elements(plan: &ServicePlan, owner: &Arc<str>, each: &mut impl FnMut
 
 fn load_balancer_elements(plan: &ServicePlan, owner: &Arc<str>, each: &mut impl FnMut(Element)) {
     let Some(firewall) = &plan.load_balancer_firewall else { return };
-    let listed = Family::ALL.map(|family| Listed::new(family, &firewall.sources));
-    for at in &firewall.addresses {
-        let family = Family::of(at.address);
-        let listed = listed.iter().flatten().find(|listed| listed.family == family);
-        // Everybody may reach it.
-        let Some(listed) = listed else { continue };
-        let key = KeyBytes::empty().address(at.address).protocol(at.protocol).port(at.port);
-        each(Element {
-            key: ElementKey::single(SetName::LoadBalancerFirewall(family), key),
-            value: Value::Goto(ChainName::Shared(listed.chain())),
-            comment: Some(owned_port(owner, &at.port_name)),
-        });
-        for network in &listed.networks {
-            let set = SetName::LoadBalancerSources(family);
-            each(set_element(ElementKey::single(set, key.network(*network)), None));
+    for family in Family::ALL {
+        // Otherwise everybody may reach them.
+        let Some(chain) = from_networks(&firewall.sources, family) else { continue };
+        let sources = of_family(&firewall.sources, family);
+        let networks: Vec<IpNet> = sources.into_iter().flat_map(networks::parts).collect();
+        let addresses = firewall.addresses.iter();
+        for at in addresses.filter(|at| Family::of(at.address) == family) {
+            let frontend = Frontend::External { address: at.address, port: at.port };
+            let key = frontend_key(&frontend, at.protocol);
+            each(Element {
+                key: ElementKey::single(SetName::LoadBalancerFirewall(family), key),
+                value: Value::Goto(ChainName::Shared(SharedChain::FromNetworks(chain))),
+                comment: Some(owned_port(owner, &at.port_name)),
+            });
+            for network in &networks {
+                let set = SetName::LoadBalancerSources(family);
+                each(set_element(ElementKey::single(set, key.network(*network)), None));
+            }
         }
     }
 }
 
-/// The networks that may reach the load-balancer addresses of one family.
-struct Listed {
-    family: Family,
-    chain: FromNetworks,
-    networks: Vec<IpNet>,
-}
-
-impl Listed {
-    /// `None` where everybody may reach them.
-    fn new(family: Family, sources: &Sources) -> Option<Listed> {
-        let networks = of_family(sources, family).into_iter().flat_map(networks::parts);
-        let networks: Vec<IpNet> = networks.collect();
-        let chain = FromNetworks::new(family, networks.iter().copied())?;
-        Some(Listed { family, chain, networks })
-    }
-
-    fn chain(&self) -> SharedChain {
-        SharedChain::FromNetworks(self.chain)
-    }
+/// The chain that lets in who may reach load-balancer addresses of one family; `None` where everybody
+/// may.
+fn from_networks(sources: &Sources, family: Family) -> Option<FromNetworks> {
+    FromNetworks::new(family, of_family(sources, family))
 }
 
 /// The CIDRs of one family that may connect, disjoint and sorted.
@@ -536,67 +525,4 @@ fn owned_port(owner: &Arc<str>, port: &str) -> Arc<str> {
 
 fn set_element(key: ElementKey, comment: Option<&Arc<str>>) -> Element {
     Element { key, value: Value::None, comment: comment.map(Arc::clone) }
-}
-
-/// Gives each backend a slot, so that as few as possible change theirs: who stays keeps its slot
-/// if that is still below the number of backends; who must move or comes fills the gaps. A backend
-/// that is listed several times has as many slots.
-fn assign_slots(previous: &[Backend], backends: &[Backend]) -> Vec<Backend> {
-    if previous.is_empty() {
-        return backends.to_vec();
-    }
-    let mut homeless: HashMap<&Backend, usize> = HashMap::with_capacity(backends.len());
-    for backend in backends {
-        *homeless.entry(backend).or_default() += 1;
-    }
-    let mut takes_place = |backend: &Backend| {
-        let left = homeless.get_mut(backend).filter(|left| **left > 0);
-        left.map(|left| *left -= 1).is_some()
-    };
-    let mut slots: Vec<Option<Backend>> = vec![None; backends.len()];
-    for (slot, backend) in slots.iter_mut().zip(previous) {
-        *slot = takes_place(backend).then_some(*backend);
-    }
-    let mut rest = backends.iter().filter(|backend| takes_place(backend));
-    slots
-        .into_iter()
-        .map(|slot| slot.or_else(|| rest.next().copied()).expect("as many backends as slots"))
-        .collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn backends(numbers: &[u16]) -> Vec<Backend> {
-        let address = "10.0.0.1".parse().unwrap();
-        numbers.iter().map(|port| Backend { address, port: *port }).collect()
-    }
-
-    #[test]
-    fn slots_stay_where_they_can() {
-        let table: &[(&[u16], &[u16], &[u16])] = &[
-            (&[], &[1, 2, 3], &[1, 2, 3]),
-            (&[1, 2, 3], &[1, 2, 3], &[1, 2, 3]),
-            (&[3, 1, 2], &[1, 2, 3], &[3, 1, 2]),
-            // The last moves into the gap.
-            (&[1, 2, 3], &[2, 3], &[3, 2]),
-            (&[1, 2, 3], &[1, 2], &[1, 2]),
-            // Who comes goes to the end, or into a gap.
-            (&[2, 3], &[1, 2, 3], &[2, 3, 1]),
-            (&[1, 2, 3], &[2, 3, 4], &[4, 2, 3]),
-            (&[1, 2, 3], &[], &[]),
-            // A listing that says nonsense cannot make a backend appear twice.
-            (&[1, 1, 1], &[1, 2, 3], &[1, 2, 3]),
-            // One that is listed more often has more slots.
-            (&[], &[1, 1, 2], &[1, 1, 2]),
-            (&[2, 1, 1], &[1, 1, 2], &[2, 1, 1]),
-            (&[1, 2], &[1, 1, 1, 2], &[1, 2, 1, 1]),
-            (&[1, 2, 1, 1], &[1, 2, 2], &[1, 2, 2]),
-        ];
-        for (previous, wanted, expected) in table {
-            let got = assign_slots(&backends(previous), &backends(wanted));
-            assert_eq!(got, backends(expected), "{previous:?} -> {wanted:?}");
-        }
-    }
 }

@@ -14,6 +14,7 @@ mod firewall;
 mod networks;
 mod rule;
 mod sets;
+mod slots;
 mod text;
 
 pub use affinity::Remember;
