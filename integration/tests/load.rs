@@ -1,5 +1,5 @@
-//! The daemon is killed, restarted and replaced while clients open thousands of connections a second: none
-//! fails. With a real API server.
+//! The daemon is killed, restarted and replaced, also by one that lays its table out anew, while clients open
+//! thousands of connections a second: none fails. With a real API server.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -20,11 +20,13 @@ const NAME: &str = "load";
 /// Connections a second, half of them from outside to the node ports and half from a pod to the ClusterIPs.
 /// How many the machine really opens is in the output; the test fails by failed connections alone.
 const RATE: u32 = 2000;
-/// How often the daemon is killed, and how often it is replaced.
+/// How often the daemon is killed, how often it is replaced, and how often it finds another layout.
 const TIMES: usize = 3;
 const END: Duration = Duration::from_secs(10);
 /// Between two of these, with the daemon there and without.
 const PAUSE: Duration = Duration::from_secs(1);
+/// The comment of a rule that no version has.
+const ALTERED: &str = "another layout";
 
 #[test]
 fn no_connection_fails_while_the_daemon_is_killed_and_replaced() -> Result<()> {
@@ -48,12 +50,22 @@ fn no_connection_fails_while_the_daemon_is_killed_and_replaced() -> Result<()> {
         let inside = scope.spawn(|| run(client, cluster_ips, &over));
         let disturbed = (|| {
             thread::sleep(PAUSE);
-            for (signal, times) in [(Signal::SIGKILL, TIMES), (Signal::SIGTERM, TIMES)] {
-                for _ in 0..times {
+            let rounds = [
+                (Signal::SIGKILL, false),
+                (Signal::SIGTERM, false),
+                // As an upgrade to a version whose table has another layout.
+                (Signal::SIGTERM, true),
+            ];
+            for (signal, another_layout) in rounds {
+                for _ in 0..TIMES {
                     daemon.signal(signal)?;
                     daemon.wait(END)?;
+                    if another_layout {
+                        alter_layout(&lab.node)?;
+                    }
                     thread::sleep(PAUSE);
                     daemon = follow_cluster(&lab, plane, NAME)?;
+                    ensure!(!is_altered(&lab.node)?, "the table was not laid out anew");
                     thread::sleep(PAUSE);
                 }
             }
@@ -69,6 +81,17 @@ fn no_connection_fails_while_the_daemon_is_killed_and_replaced() -> Result<()> {
         }
         disturbed
     })
+}
+
+/// A rule in the table that this version does not have. The next daemon replaces the whole table.
+fn alter_layout(node: &Host) -> Result<()> {
+    node.nft(&format!("add rule inet portcullis services counter comment \"{ALTERED}\""))?;
+    ensure!(is_altered(node)?, "the rule is not in the table");
+    Ok(())
+}
+
+fn is_altered(node: &Host) -> Result<bool> {
+    Ok(node.run(&["nft", "list", "chain", "inet", "portcullis", "services"])?.contains(ALTERED))
 }
 
 /// ClusterIPs and node ports of a Service with these endpoints.
