@@ -194,7 +194,9 @@ impl Contribution {
         let networks = plan.load_balancer_firewall.iter().flat_map(|firewall| {
             let addresses = firewall.addresses.iter();
             let families: BTreeSet<Family> = addresses.map(|at| Family::of(at.address)).collect();
-            families.into_iter().filter_map(|family| from_networks(&firewall.sources, family))
+            families.into_iter().filter_map(|family| {
+                FromNetworks::new(family, of_family(&firewall.sources, family))
+            })
         });
         entries.chain(networks.map(SharedChain::FromNetworks)).collect()
     }
@@ -483,9 +485,9 @@ fn firewall_elements(plan: &ServicePlan, owner: &Arc<str>, each: &mut impl FnMut
 fn load_balancer_elements(plan: &ServicePlan, owner: &Arc<str>, each: &mut impl FnMut(Element)) {
     let Some(firewall) = &plan.load_balancer_firewall else { return };
     for family in Family::ALL {
-        // Otherwise everybody may reach them.
-        let Some(chain) = from_networks(&firewall.sources, family) else { continue };
         let sources = of_family(&firewall.sources, family);
+        // Otherwise everybody may reach them.
+        let Some(chain) = FromNetworks::new(family, sources.iter().copied()) else { continue };
         let networks: Vec<IpNet> = sources.into_iter().flat_map(networks::parts).collect();
         let addresses = firewall.addresses.iter();
         for at in addresses.filter(|at| Family::of(at.address) == family) {
@@ -502,12 +504,6 @@ fn load_balancer_elements(plan: &ServicePlan, owner: &Arc<str>, each: &mut impl 
             }
         }
     }
-}
-
-/// The chain that lets in who may reach load-balancer addresses of one family; `None` where everybody
-/// may.
-fn from_networks(sources: &Sources, family: Family) -> Option<FromNetworks> {
-    FromNetworks::new(family, of_family(sources, family))
 }
 
 /// The CIDRs of one family that may connect, disjoint and sorted.
