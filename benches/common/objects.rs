@@ -22,7 +22,7 @@ const NLM_F_REQUEST_DUMP: u16 = 0x301;
 const HEADERS: u8 = 20;
 
 /// Objects in a table; elements are none.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Objects {
     /// Chains.
     pub chains: usize,

@@ -35,9 +35,9 @@ pub fn check_objects(measurements: &[Measurement]) -> Result<()> {
     // Which balancing chains there are depends on the numbers of endpoints.
     let mut like: BTreeMap<(bool, usize), BTreeSet<_>> = BTreeMap::new();
     for measurement in measurements {
-        if let Some(Objects { chains, rules, sets }) = objects_of(measurement) {
+        if let Some(objects) = objects_of(measurement) {
             let Size { mixed, endpoints, .. } = measurement.size;
-            like.entry((mixed, endpoints)).or_default().insert((chains, rules, sets));
+            like.entry((mixed, endpoints)).or_default().insert(objects);
         }
     }
     for objects in like.values() {
