@@ -69,6 +69,10 @@ dial() {
 
 lines() { grep -c . <<<"$1"; }
 
+# comes PATTERN: whether it is in what is read. Reads to the end: with `pipefail` a reader that stops early is
+# a failure of who writes.
+comes() { grep "$1" >/dev/null; }
+
 check_cluster_ip_from_pods() {
     local family address name node pod answers count=0
     for family in $families; do
@@ -195,12 +199,12 @@ check_said() {
 logged() {
     local pod
     pod=$(kubectl --namespace portcullis get pods --field-selector "spec.nodeName=$1" --output name)
-    kubectl --namespace portcullis logs "$pod" | grep "$2" >/dev/null
+    kubectl --namespace portcullis logs "$pod" | comes "$2"
 }
 
 # described SERVICE PATTERN
 described() {
-    kubectl --namespace shop describe service "$1" | grep "$2" >/dev/null
+    kubectl --namespace shop describe service "$1" | comes "$2"
 }
 
 stop_socat() {
@@ -502,8 +506,7 @@ known() {
     local node got
     for node in $nodes; do
         got=no
-        # To its end: with `pipefail` a reader that stops early is a failure of who writes.
-        docker exec "$node" nft list ruleset 2>/dev/null | grep "\"shop/$1\"" >/dev/null && got=yes
+        docker exec "$node" nft list ruleset 2>/dev/null | comes "\"shop/$1\"" && got=yes
         [[ $got == "$2" ]] || return 1
     done
 }
@@ -555,7 +558,7 @@ take_over() {
     kubectl apply --kustomize "$work/manifests/overlays/cluster" >/dev/null || return 1
     kubectl --namespace portcullis rollout status daemonset portcullis --timeout 180s >/dev/null || return 1
     for node in $nodes; do
-        docker exec "$node" nft list tables | grep kube-proxy >/dev/null && return 1
+        docker exec "$node" nft list tables | comes kube-proxy && return 1
         docker exec "$node" curl --silent --fail http://127.0.0.1:10256/healthz >/dev/null || return 1
     done
 }
